@@ -1,0 +1,77 @@
+"""The rules an optimizer runs, kept out of its parameter groups and state."""
+
+from __future__ import annotations
+
+import copy
+import os
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learnedopt.rules import UpdateRule
+from learnedopt.zoo import load_rule, rule_fingerprint
+
+RuleLike = str | os.PathLike[str] | UpdateRule
+
+
+class RuleRegistry:
+    """Frozen copies of rules by fingerprint, and their copies per device and dtype.
+
+    Parameter groups hold only plain values, so that ``state_dict`` needs no pickled code: they know a rule by the
+    *identity* that :meth:`add` returns, its name and the sha256 under which it is found here.
+    """
+
+    def __init__(self) -> None:
+        self._rules: dict[str, UpdateRule] = {}
+        self._placed: dict[tuple[str, torch.device, torch.dtype], UpdateRule] = {}
+
+    def __contains__(self, sha256: str | None) -> bool:
+        return sha256 in self._rules
+
+    def __getitem__(self, sha256: str) -> UpdateRule:
+        return self._rules[sha256]
+
+    def add(self, rule: RuleLike, rule_class: type[UpdateRule]) -> dict[str, Any]:
+        """Keep a copy of a rule, in float32 or wider, and return its identity.
+
+        Raises:
+            TypeError: ``rule`` is not a name, a path or a rule.
+            ValueError: it cannot be loaded, or is not a ``rule_class``.
+        """
+        if isinstance(rule, UpdateRule):
+            name, rule = rule.config.kind, copy.deepcopy(rule)
+        elif isinstance(rule, str | os.PathLike):
+            name, rule = Path(rule).resolve().name, load_rule(rule)
+        else:
+            raise TypeError(
+                f"rule must be a name in the zoo, a folder, or an UpdateRule object, got {type(rule).__name__}"
+            )
+        if not isinstance(rule, rule_class):
+            raise ValueError(
+                f"this optimizer runs rules of kind {rule_class.config_class.kind!r}, and {name!r} is of kind "
+                f"{rule.config.kind!r}; LearnedOptimizer runs rules of every kind"
+            )
+        rule = rule.to("cpu", _dtype(rule)).eval().requires_grad_(False)
+        sha256 = rule_fingerprint(rule)
+        self._rules.setdefault(sha256, rule)
+        return {"rule": name, "rule_sha256": sha256}
+
+    def dtype(self, sha256: str, param_dtype: torch.dtype) -> torch.dtype:
+        """What a rule computes in, and keeps state in, for parameters of a dtype: the wider of the two."""
+        return torch.promote_types(_dtype(self._rules[sha256]), param_dtype.to_real())
+
+    def placed(self, sha256: str, device: torch.device, dtype: torch.dtype) -> UpdateRule:
+        """A rule on a device and in a dtype, made once."""
+        key = (sha256, device, dtype)
+        if key not in self._placed:
+            self._placed[key] = copy.deepcopy(self._rules[sha256]).to(device, dtype)
+        return self._placed[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_rules": self._rules, "_placed": {}}
+
+
+def _dtype(rule: UpdateRule) -> torch.dtype:
+    return reduce(torch.promote_types, (weight.dtype for weight in rule.parameters()), torch.float32)

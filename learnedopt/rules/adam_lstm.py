@@ -1,0 +1,180 @@
+"""The default rule: an LSTM that modulates Adam's directions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
+from learnedopt.rules.recurrent import CoordinatewiseLSTM
+
+# Rows of the statistics: three bias corrections, then the features every coordinate of a tensor shares.
+_CORRECTIONS = 3
+_SHARED_FEATURES = 4
+_COORDINATE_FEATURES = 5
+
+
+@dataclass(frozen=True)
+class AdamLSTMConfig(RuleConfig):
+    """Settings of :class:`AdamLSTMRule`."""
+
+    kind: ClassVar[str] = "adam_lstm"
+    hidden_size: int = 20
+    num_layers: int = 2
+    fast_decay: float = 0.9
+    slow_decay: float = 0.99
+    """Decays of the two momenta, :math:`\\beta_1` and :math:`\\beta_2`."""
+    square_decay: float = 0.99
+    """Decay of the second moment, :math:`\\beta_v`."""
+    eps: float = 1e-12
+    nominal_step: float = 3e-3
+    """Step size before training, when the read-out is zero."""
+    log_step_gain: float = 3.0
+    log_step_bound: float = 5.0
+    """The learned step size stays within a factor ``exp(log_step_bound)`` of ``nominal_step``."""
+    mix_bound: float = 3.0
+    """Bound of the learned weights of the two momenta."""
+    max_time: float = 3000.0
+    """The step number is not told apart beyond this: later steps look like the last one trained for."""
+
+
+class AdamLSTMRule(UpdateRule):
+    r"""Adam's ingredients, combined at every step and coordinate by an LSTM.
+
+    With :math:`m, n` the momenta of decay :math:`\beta_1 < \beta_2`, :math:`v` the second moment, hats for bias
+    correction and :math:`d = \sqrt{\hat v} + \epsilon`, let :math:`a = \hat m/d` and :math:`b = \hat n/d`. Then
+
+    .. math::
+        (o_0, o_1, o_2) &= W\,\mathrm{LSTM}(a, b, g/d, |a|, |b|, \text{tensor and time features}) + w \\
+        s &= B \tanh(\gamma o_0 / B), \qquad r_k = M \tanh(o_k / M) \\
+        \Delta\theta &= -\alpha\, e^{s}\, \big((1 + r_1)\, a + r_2\, b\big)
+
+    The tensor features are the log RMS of the parameter, the mean alignment of fast momentum and gradient, and the
+    log RMS of :math:`b` (how consistent gradients are); the time feature is :math:`\log t`.
+
+    What follows from the form, whatever the weights (``tests/rules/test_adam_lstm.py`` checks each):
+
+    * A coordinate whose gradients have all been zero does not move; nor does anything at ``lr=0``.
+    * Multiplying the loss by a constant changes nothing (up to ``eps``).
+    * :math:`|\Delta\theta| \le \alpha\, e^{B} \big((1 + M)\,\kappa_1 + M \kappa_2\big)`, where :math:`\kappa_k`
+      bounds the normalised momenta (:meth:`update_bound`).
+    * Untrained, with the read-out at zero, it is Adam with ``lr = nominal_step``, :math:`\beta_1` and
+      :math:`\beta_v`.
+
+    Shapes: state ``h``, ``c`` are ``(num_layers, hidden_size, N)``; ``fast``, ``slow``, ``square`` are ``(N,)``;
+    ``step`` is ``(S,)``.
+
+    Source: this project. The inputs follow RNNprop (Lv et al. 2017, arXiv:1703.03633, section 4), the nominal term
+    STAR (Harrison et al. 2022, arXiv:2209.11208, section 4).
+
+    >>> from learnedopt.rules import AdamLSTMConfig, Segments
+    >>> rule, segments = AdamLSTMRule(AdamLSTMConfig(nominal_step=0.01)), Segments([2])
+    >>> delta, _ = rule.update(torch.ones(2), torch.tensor([5.0, -2.0]), rule.init_state(segments), segments)
+    >>> delta
+    tensor([-0.0100,  0.0100], grad_fn=<MulBackward0>)
+    """
+
+    config_class = AdamLSTMConfig
+    config: AdamLSTMConfig
+    zero_gradient_is_noop = True
+
+    def __init__(self, config: AdamLSTMConfig | None = None) -> None:
+        super().__init__(config or AdamLSTMConfig())
+        config = self.config
+        for name in ("fast_decay", "slow_decay", "square_decay"):
+            if not 0.0 <= getattr(config, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+        for name in ("eps", "nominal_step", "log_step_gain", "log_step_bound", "mix_bound"):
+            if not 0.0 < getattr(config, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
+        if config.eps < 1e-18:
+            raise ValueError(f"eps must be at least 1e-18, as squares below vanish in float32, got {config.eps}")
+        if not 1.0 < config.max_time < math.inf:
+            raise ValueError(f"max_time must be above 1 and finite, got {config.max_time}")
+        features = _COORDINATE_FEATURES + _SHARED_FEATURES
+        self.lstm = CoordinatewiseLSTM(features, config.hidden_size, config.num_layers)
+        self.readout = nn.Linear(config.hidden_size, 3)
+        nn.init.zeros_(self.readout.weight)
+        nn.init.zeros_(self.readout.bias)
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        shape = (self.config.num_layers, self.config.hidden_size)
+        return {
+            "h": StateSpec(shape),
+            "c": StateSpec(shape),
+            "fast": StateSpec(),
+            "slow": StateSpec(),
+            "square": StateSpec(),
+            "step": StateSpec(scope="tensor"),
+        }
+
+    def update_bound(self) -> float:
+        r"""The largest change of any coordinate in one step at ``lr=1``, for any weights and any gradients.
+
+        By Cauchy-Schwarz :math:`|\hat m_t| \le \kappa \sqrt{\hat v_t}` with
+        :math:`\kappa^2 = \max_t \sum_{j<t} w_j^2 / u_j`, :math:`w` and :math:`u` the bias-corrected averaging
+        weights of the two moments. The sum is finite for :math:`\beta^2 < \beta_v`, otherwise this is infinite.
+        """
+        config = self.config
+        fast, slow = (_momentum_bound(decay, config.square_decay) for decay in (config.fast_decay, config.slow_decay))
+        mix = (1.0 + config.mix_bound) * fast + config.mix_bound * slow
+        return config.nominal_step * math.exp(config.log_step_bound) * mix
+
+    def statistics(
+        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        config = self.config
+        step = state["step"] + 1.0
+        corrections = torch.stack(
+            [1.0 / (1.0 - decay**step) for decay in (config.fast_decay, config.slow_decay, config.square_decay)]
+        )
+        _, (a, b, g) = self._directions(grad, state, segments.expand(corrections))
+        means = segments.mean(torch.stack([param.square(), a * g, b.square()]))
+        rms_param, consistency = (means[row].add(1e-12).log() / 6.0 for row in (0, 2))
+        shared = torch.stack(
+            [
+                rms_param.clamp(-7.0 / 3.0, 1.0),
+                means[1],
+                consistency.clamp(-7.0 / 3.0, 1.0),
+                step.clamp(max=config.max_time).log() / math.log(config.max_time),
+            ]
+        )
+        return torch.cat([corrections, shared]), {"step": step}
+
+    def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
+        config = self.config
+        moments, (a, b, g) = self._directions(grad, state, statistics[:_CORRECTIONS])
+        shared = statistics[_CORRECTIONS:].expand(_SHARED_FEATURES, grad.numel())
+        x = torch.cat([torch.stack([a, b, g, a.abs(), b.abs()]), shared])
+        top, h, c = self.lstm(x, state["h"], state["c"])
+        out = torch.addmm(self.readout.bias.unsqueeze(1), self.readout.weight, top)
+        log_step = config.log_step_bound * torch.tanh(out[0] * (config.log_step_gain / config.log_step_bound))
+        mix = config.mix_bound * torch.tanh(out[1:] / config.mix_bound)
+        direction = (1.0 + mix[0]) * a + mix[1] * b
+        return -config.nominal_step * torch.exp(log_step) * direction, {"h": h, "c": c, **moments}
+
+    def _directions(
+        self, grad: Tensor, state: State, corrections: Tensor
+    ) -> tuple[State, tuple[Tensor, Tensor, Tensor]]:
+        """The new moments, and both momenta and the gradient over the running RMS."""
+        config = self.config
+        # Beyond this the square overflows, and an infinite second moment turns into NaN at the next step.
+        limit = 0.5 * math.sqrt(torch.finfo(grad.dtype).max)
+        grad = grad.clamp(-limit, limit)
+        fast = torch.lerp(grad, state["fast"], config.fast_decay)
+        slow = torch.lerp(grad, state["slow"], config.slow_decay)
+        square = torch.lerp(grad.square(), state["square"], config.square_decay)
+        rms = (square * corrections[2]).sqrt() + config.eps
+        normalised = (fast * corrections[0] / rms, slow * corrections[1] / rms, grad / rms)
+        return {"fast": fast, "slow": slow, "square": square}, normalised
+
+
+def _momentum_bound(decay: float, square_decay: float) -> float:
+    gap = square_decay - decay * decay
+    if gap <= 0.0:
+        return math.inf
+    return (1.0 - decay) * math.sqrt(square_decay / ((1.0 - square_decay) * gap))

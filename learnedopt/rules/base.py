@@ -1,0 +1,189 @@
+"""What every update rule is: a pure function from gradients and state to updates and new state.
+
+Arrays are *flat* and *coordinates last*: the coordinates of all parameters a rule serves lie side by side along the
+last axis, whatever tensors they came from, so one matrix product per layer serves them all and the elementwise maths
+runs over contiguous memory. What a rule needs to know about whole tensors reaches it through :class:`Segments`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+"""A rule's memory by name: ``(*shape, N)`` per coordinate, ``(*shape, S)`` per tensor."""
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Shape of one state entry, without its last axis; every entry starts at zero.
+
+    ``scope`` says what the last axis counts: ``"coordinate"`` (N of them) or ``"tensor"`` (S of them).
+    """
+
+    shape: tuple[int, ...] = ()
+    scope: Literal["coordinate", "tensor"] = "coordinate"
+
+
+class Segments:
+    """Which tensor each flat coordinate belongs to.
+
+    ``sizes`` are the numbers of coordinates of the tensors, in order; the whole sequence is repeated ``copies``
+    times (meta-training puts ``copies`` tasks of one architecture side by side). There are
+    ``S = copies * len(sizes)`` segments and ``N = copies * sum(sizes)`` coordinates.
+
+    >>> segments = Segments([2, 1])
+    >>> segments.mean(torch.tensor([1.0, 3.0, 5.0]))
+    tensor([2., 5.])
+    >>> segments.expand(torch.tensor([2.0, 5.0]))
+    tensor([2., 2., 5.])
+    """
+
+    def __init__(self, sizes: Sequence[int], copies: int = 1) -> None:
+        self.sizes = tuple(sizes)
+        self.copies = copies
+        if copies < 1 or any(size < 0 for size in self.sizes):
+            raise ValueError(f"copies must be at least 1 and no size negative, got {copies} and {self.sizes}")
+        self.num_coordinates = copies * sum(self.sizes)
+        self.num_segments = copies * len(self.sizes)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over each tensor: ``(..., N) -> (..., S)``."""
+        parts = x.unflatten(-1, (self.copies, sum(self.sizes))).split(self.sizes, dim=-1)
+        return torch.stack([part.sum(-1) for part in parts], dim=-1).flatten(-2)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over each tensor: ``(..., N) -> (..., S)``; zero for an empty tensor."""
+        counts = x.new_tensor([max(size, 1) for size in self.sizes] * self.copies)
+        return self.sum(x) / counts
+
+    def expand(self, y: Tensor) -> Tensor:
+        """Give each coordinate its tensor's value: ``(..., S) -> (..., N)``."""
+        columns = y.unflatten(-1, (self.copies, len(self.sizes))).unbind(-1)
+        parts = [column.unsqueeze(-1).expand(*column.shape, size) for column, size in zip(columns, self.sizes)]
+        return torch.cat(parts, dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """Everything but the weights that is needed to rebuild a rule. ``kind`` is its name in the registry."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types, ``kind`` included."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from :meth:`to_dict`'s output, with lists back to tuples.
+
+        Raises:
+            ValueError: ``kind`` is another rule's, or a key is unknown.
+        """
+        values = dict(values)
+        kind = values.pop("kind", cls.kind)
+        if kind != cls.kind:
+            raise ValueError(f"this configuration is for rule kind {kind!r}, not {cls.kind!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"unknown setting(s) {unknown} for rule kind {cls.kind!r}; known: {sorted(known)}")
+        return cls(**{key: _tuples(value) for key, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+class UpdateRule(nn.Module):
+    """A learned update: gradients in, parameter changes out; its ``nn.Parameter``s are the meta-parameters.
+
+    One step of optimization is two pure calls. :meth:`statistics` looks at whole tensors and gives a few numbers
+    per tensor; :meth:`forward` works on each coordinate by itself given those numbers, so it may be called on any
+    block of coordinates. :meth:`update` is both, for callers who hold everything at once.
+
+    A rule never sees where coordinates came from beyond that: permuting the coordinates of a tensor permutes its
+    updates, and the order of the tensors does not matter.
+
+    Subclasses set ``config_class`` and define :meth:`state_spec` and :meth:`forward`, and :meth:`statistics` if
+    they use any.
+    """
+
+    config_class: ClassVar[type[RuleConfig]]
+    needs_loss: ClassVar[bool] = False
+    """Whether :meth:`statistics` reads the training loss."""
+    zero_gradient_is_noop: ClassVar[bool] = False
+    """Whether a parameter whose gradients have all been zero is left exactly where it is."""
+
+    config: RuleConfig
+
+    def __init__(self, config: RuleConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} is configured by {self.config_class.__name__}, got {type(config).__name__}"
+            )
+        self.config = config
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        """The entries of this rule's state and their shapes."""
+        raise NotImplementedError
+
+    def init_state(
+        self, segments: Segments, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> State:
+        """A state of zeros for the coordinates of ``segments``."""
+        count = {"coordinate": segments.num_coordinates, "tensor": segments.num_segments}
+        return {
+            name: torch.zeros(*spec.shape, count[spec.scope], dtype=dtype, device=device)
+            for name, spec in self.state_spec().items()
+        }
+
+    def statistics(
+        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """What the rule needs to know about whole tensors.
+
+        Args:
+            param, grad: Flat parameters and gradients, ``(N,)``.
+            state: The state before this step.
+            segments: Which tensor each coordinate belongs to.
+            loss: The training loss, ``(copies,)`` or scalar; only for rules with ``needs_loss``.
+
+        Returns:
+            ``(K, S)`` numbers, K the same at every step (zero here), and the new values of the tensor-scope state.
+        """
+        return grad.new_empty(0, segments.num_segments), {}
+
+    def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
+        """The update of each coordinate, independent of every other coordinate.
+
+        Args:
+            param, grad: Flat parameters and gradients, ``(n,)``, any block of the N coordinates.
+            state: The coordinate-scope state of that block, ``(*shape, n)``; other entries are ignored.
+            statistics: ``(K, n)``, or ``(K, 1)`` where the block lies within one tensor.
+
+        Returns:
+            The change to add to the parameters, ``(n,)``, and the new coordinate-scope state.
+        """
+        raise NotImplementedError
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One whole step: :meth:`statistics`, then :meth:`forward` on every coordinate."""
+        statistics, tensor_state = self.statistics(param, grad, state, segments, loss)
+        delta, coordinate_state = self(param, grad, state, segments.expand(statistics))
+        return delta, {**tensor_state, **coordinate_state}
+
+    def state_bytes_per_parameter(self, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of coordinate-scope state each parameter costs its user."""
+        return dtype.itemsize * sum(
+            math.prod(spec.shape) for spec in self.state_spec().values() if spec.scope == "coordinate"
+        )
