@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from os import PathLike
@@ -53,7 +52,8 @@ def python_docs() -> TextData:
     text = text.translate(str.maketrans("’‘“”", "''\"\""))
     text = "\n".join(" ".join(line.split()) for line in text.splitlines())
     known = set(_PYTHON_DOCS_VOCABULARY)
-    return _split("python_docs", [c for c in text if c in known], _PYTHON_DOCS_VOCABULARY)
+    text = "".join(character for character in text if character in known)
+    return _split("python_docs", text, _PYTHON_DOCS_VOCABULARY)
 
 
 def text_file(path: str | PathLike[str]) -> TextData:
@@ -67,7 +67,7 @@ def text_file(path: str | PathLike[str]) -> TextData:
     return _split(Path(path).name, text, "".join(sorted(set(text))))
 
 
-def _split(name: str, text: Sequence[str], vocabulary: str) -> TextData:
+def _split(name: str, text: str, vocabulary: str) -> TextData:
     """The first 80 % for training, the next 10 % for validation, the rest for testing."""
     place = {character: i for i, character in enumerate(vocabulary)}
     tokens = torch.tensor([place[character] for character in text], dtype=torch.int64)

@@ -170,7 +170,7 @@ class LearnedOptimizer(Optimizer):
             for group, saved_group in zip(self.param_groups, saved["param_groups"]):
                 for param, index in zip(group["params"], saved_group["params"]):
                     if index in saved["state"]:
-                        dtype = self._rules.dtype(group["rule_sha256"], param.dtype)
+                        dtype = self._rules.dtype(group["rule_sha256"], param.dtype.to_real())
                         self.state[param] = {
                             name: value.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
                             for name, value in saved["state"][index].items()
@@ -231,7 +231,7 @@ class LearnedOptimizer(Optimizer):
                 f"the rule {needy[0]!r} reads the training loss at every step, and none was given: call step(closure) "
                 "with a closure that returns the loss, or step(loss=loss), or observe(loss) before step()"
             )
-        loss = torch.as_tensor(loss).detach()
+        loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
         if loss.numel() != 1:
             raise ValueError(f"the training loss must have one element, got shape {tuple(loss.shape)}")
         return loss.reshape(())

@@ -25,6 +25,7 @@ class RuleRegistry:
 
     def __init__(self) -> None:
         self._rules: dict[str, UpdateRule] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._placed: dict[tuple[str, torch.device, torch.dtype], UpdateRule] = {}
 
     def __contains__(self, sha256: str | None) -> bool:
@@ -53,14 +54,15 @@ class RuleRegistry:
                 f"this optimizer runs rules of kind {rule_class.config_class.kind!r}, and {name!r} is of kind "
                 f"{rule.config.kind!r}; LearnedOptimizer runs rules of every kind"
             )
-        rule = rule.to("cpu", _dtype(rule)).eval().requires_grad_(False)
+        dtype = reduce(torch.promote_types, (weight.dtype for weight in rule.parameters()), torch.float32)
+        rule = rule.to("cpu", dtype).eval().requires_grad_(False)
         sha256 = rule_fingerprint(rule)
-        self._rules.setdefault(sha256, rule)
+        self._rules[sha256], self._dtypes[sha256] = rule, dtype
         return {"rule": name, "rule_sha256": sha256}
 
     def dtype(self, sha256: str, param_dtype: torch.dtype) -> torch.dtype:
-        """What a rule computes in, and keeps state in, for parameters of a dtype: the wider of the two."""
-        return torch.promote_types(_dtype(self._rules[sha256]), param_dtype.to_real())
+        """What a rule computes in, and keeps state in, for parameters of a real dtype: the wider of the two."""
+        return torch.promote_types(self._dtypes[sha256], param_dtype)
 
     def placed(self, sha256: str, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """A rule on a device and in a dtype, made once."""
@@ -70,8 +72,4 @@ class RuleRegistry:
         return self._placed[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_rules": self._rules, "_placed": {}}
-
-
-def _dtype(rule: UpdateRule) -> torch.dtype:
-    return reduce(torch.promote_types, (weight.dtype for weight in rule.parameters()), torch.float32)
+        return {**self.__dict__, "_placed": {}}

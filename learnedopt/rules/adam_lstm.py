@@ -53,10 +53,12 @@ class AdamLSTMRule(UpdateRule):
         s &= B \tanh(\gamma o_0 / B), \qquad r_k = M \tanh(o_k / M) \\
         \Delta\theta &= -\alpha\, e^{s}\, \big((1 + r_1)\, a + r_2\, b\big)
 
-    The tensor features are the log RMS of the parameter, the mean alignment of fast momentum and gradient, and the
-    log RMS of :math:`b` (how consistent gradients are); the time feature is :math:`\log t`.
+    The tensor features are the log RMS of the parameter, the mean of :math:`a\, g/d` (the alignment of fast momentum
+    and gradient), and the log RMS of :math:`b` (how consistent gradients are); the log RMSs are clamped to [-7, 3] and
+    divided by 3. The time feature is :math:`\log t`, over its value at ``max_time``. As tensors are seen as wholes,
+    splitting a tensor in two changes its updates.
 
-    What follows from the form, whatever the weights (``tests/rules/test_adam_lstm.py`` checks each):
+    What follows from the form, whatever the weights (``tests/rules/`` checks each):
 
     * A coordinate whose gradients have all been zero does not move; nor does anything at ``lr=0``.
     * Multiplying the loss by a constant changes nothing (up to ``eps``).
@@ -92,7 +94,7 @@ class AdamLSTMRule(UpdateRule):
             if not 0.0 < getattr(config, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
         if config.eps < 1e-18:
-            raise ValueError(f"eps must be at least 1e-18, as squares below vanish in float32, got {config.eps}")
+            raise ValueError(f"eps must be at least 1e-18, below which float32 squares vanish, got {config.eps}")
         if not 1.0 < config.max_time < math.inf:
             raise ValueError(f"max_time must be above 1 and finite, got {config.max_time}")
         features = _COORDINATE_FEATURES + _SHARED_FEATURES
@@ -168,7 +170,8 @@ class AdamLSTMRule(UpdateRule):
         fast = torch.lerp(grad, state["fast"], config.fast_decay)
         slow = torch.lerp(grad, state["slow"], config.slow_decay)
         square = torch.lerp(grad.square(), state["square"], config.square_decay)
-        rms = (square * corrections[2]).sqrt() + config.eps
+        # The square root of zero has no derivative; the clamp keeps second-order meta-gradients from NaN there.
+        rms = (square * corrections[2]).clamp(min=torch.finfo(grad.dtype).tiny).sqrt() + config.eps
         normalised = (fast * corrections[0] / rms, slow * corrections[1] / rms, grad / rms)
         return {"fast": fast, "slow": slow, "square": square}, normalised
 

@@ -35,8 +35,8 @@ class LSTMRule(UpdateRule):
         h_t, s_t = \mathrm{LSTM}(\mathrm{pre}(\nabla_t), h_{t-1}, s_{t-1}), \qquad
         \theta_{t+1} = \theta_t + \eta\, (w^\top h_t + b)
 
-    with :math:`\eta` = ``output_scale``. Before training the read-out is zero and nothing moves. The read-out has a bias, as in the authors' code, so this rule moves
-    coordinates whose gradient is zero.
+    with :math:`\eta` = ``output_scale``. Before training the read-out is zero and nothing moves. The read-out has a
+    bias, as in the authors' code, so this rule moves coordinates whose gradient is zero.
 
     Shapes: state ``h`` and ``c`` are ``(num_layers, hidden_size, N)``: 320 bytes per parameter at the defaults.
 

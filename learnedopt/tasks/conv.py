@@ -66,7 +66,9 @@ class ConvTask(ClassificationTask):
 
 @dataclass(frozen=True)
 class Conv(TaskFamily):
-    """One or two convolutions; the numbers of channels are even, as group norm with two groups needs, and double from layer to layer.
+    """One or two convolutions on ``data``; the number of channels doubles from one to the next.
+
+    The first numbers of ``channels`` are even, because group norm takes two groups.
 
     >>> task = Conv(layers=(2, 2), channels=(4,)).draw(torch.Generator().manual_seed(0), copies=2)
     >>> task.channels

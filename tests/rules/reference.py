@@ -1,0 +1,159 @@
+"""The rules once more, written from their formulas: one coordinate, one number at a time, in Python's floats.
+
+They read a rule's configuration and weights and share no code with the package. A reference serves one copy of the
+parameters: ``step`` takes parameters and gradients as one list of numbers per tensor and gives the changes likewise.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from learnedopt.rules import UpdateRule
+
+Tensors = list[list[float]]
+
+
+def sigmoid(x: float) -> float:
+    return 0.5 * (1.0 + math.tanh(0.5 * x))
+
+
+def clip(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)
+
+
+def dot(x: list[float], y: list[float]) -> float:
+    assert len(x) == len(y)
+    return math.fsum(a * b for a, b in zip(x, y))
+
+
+def mean(x: list[float]) -> float:
+    return math.fsum(x) / len(x)
+
+
+def log_sign(x: float, p: float) -> list[float]:
+    if abs(x) >= math.exp(-p):
+        return [math.log(abs(x)) / p, math.copysign(1.0, x)]
+    return [-1.0, math.exp(p) * x]
+
+
+class StackedLSTM:
+    """The LSTM of a single coordinate, which remembers its own state."""
+
+    def __init__(self, weights: dict[str, Any], hidden_size: int, num_layers: int) -> None:
+        self.weights, self.hidden_size, self.num_layers = weights, hidden_size, num_layers
+        self.h = [[0.0] * hidden_size for _ in range(num_layers)]
+        self.c = [[0.0] * hidden_size for _ in range(num_layers)]
+
+    def __call__(self, x: list[float]) -> list[float]:
+        for layer in range(self.num_layers):
+            input_weight = self.weights[f"lstm.input_weights.{layer}"]
+            recurrent_weight = self.weights[f"lstm.recurrent_weights.{layer}"]
+            bias = self.weights[f"lstm.biases.{layer}"]
+            pre = [
+                dot(input_weight[row], x) + dot(recurrent_weight[row], self.h[layer]) + bias[row]
+                for row in range(4 * self.hidden_size)
+            ]
+            for unit in range(self.hidden_size):
+                i, f, g, o = (pre[gate * self.hidden_size + unit] for gate in range(4))
+                self.c[layer][unit] = sigmoid(f) * self.c[layer][unit] + sigmoid(i) * math.tanh(g)
+                self.h[layer][unit] = sigmoid(o) * math.tanh(self.c[layer][unit])
+            x = list(self.h[layer])
+        return x
+
+
+class Reference:
+    def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
+        self.config = cast(Any, rule.config)
+        self.weights = {name: weight.double().tolist() for name, weight in rule.state_dict().items()}
+        num_layers = getattr(self.config, "num_layers", 1)
+        self.lstms = [[StackedLSTM(self.weights, self.config.hidden_size, num_layers) for _ in range(n)] for n in sizes]
+
+    def readout(self, name: str, row: int, x: list[float]) -> float:
+        return dot(self.weights[f"{name}.weight"][row], x) + self.weights[f"{name}.bias"][row]
+
+    def step(self, params: Tensors, grads: Tensors, loss: float) -> Tensors:
+        raise NotImplementedError
+
+
+class LSTMReference(Reference):
+    def step(self, params: Tensors, grads: Tensors, loss: float) -> Tensors:
+        return [[self.coordinate(t, j, g) for j, g in enumerate(grad)] for t, grad in enumerate(grads)]
+
+    def coordinate(self, t: int, j: int, g: float) -> float:
+        x = log_sign(g, self.config.preprocessing_p) if self.config.preprocessing == "log_sign" else [g]
+        return float(self.config.output_scale) * self.readout("readout", 0, self.lstms[t][j](x))
+
+
+class MetaLSTMReference(Reference):
+    def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
+        super().__init__(rule, sizes)
+        self.past = [[{"forget": 0.0, "input": 0.0} for _ in range(n)] for n in sizes]
+
+    def step(self, params: Tensors, grads: Tensors, loss: float) -> Tensors:
+        return [
+            [self.coordinate(t, j, params[t][j], g, loss) for j, g in enumerate(grad)] for t, grad in enumerate(grads)
+        ]
+
+    def coordinate(self, t: int, j: int, theta: float, g: float, loss: float) -> float:
+        g = g / self.config.gradient_divisor
+        p = self.config.preprocessing_p
+        h = self.lstms[t][j](log_sign(g, p) + log_sign(loss, p))
+        gates = {}
+        for name in ("forget", "input"):
+            pre = self.readout(f"{name}_gate", 0, [*h, theta, self.past[t][j][name]])
+            gates[name] = sigmoid(pre)
+            self.past[t][j][name] = gates[name] if self.config.gate_feedback == "gate" else pre
+        return gates["forget"] * theta - gates["input"] * g - theta
+
+
+class AdamLSTMReference(Reference):
+    def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
+        super().__init__(rule, sizes)
+        self.fast, self.slow, self.square = ([[0.0] * n for n in sizes] for _ in range(3))
+        self.time = 0
+
+    def step(self, params: Tensors, grads: Tensors, loss: float) -> Tensors:
+        self.time += 1
+        return [self.tensor(t, param, grad) for t, (param, grad) in enumerate(zip(params, grads))]
+
+    def tensor(self, t: int, param: list[float], grad: list[float]) -> list[float]:
+        config = self.config
+        a, b, g = [], [], []
+        for j, value in enumerate(grad):
+            self.fast[t][j] = self.average(self.fast[t][j], value, config.fast_decay)
+            self.slow[t][j] = self.average(self.slow[t][j], value, config.slow_decay)
+            self.square[t][j] = self.average(self.square[t][j], value**2, config.square_decay)
+            d = math.sqrt(self.unbias(self.square[t][j], config.square_decay)) + config.eps
+            a.append(self.unbias(self.fast[t][j], config.fast_decay) / d)
+            b.append(self.unbias(self.slow[t][j], config.slow_decay) / d)
+            g.append(value / d)
+        shared = [
+            clip(math.log(mean([x**2 for x in param]) + 1e-12) / 2, -7, 3) / 3,
+            mean([x * y for x, y in zip(a, g)]),
+            clip(math.log(mean([x**2 for x in b]) + 1e-12) / 2, -7, 3) / 3,
+            math.log(min(self.time, config.max_time)) / math.log(config.max_time),
+        ]
+        return [self.coordinate(t, j, a[j], b[j], g[j], shared) for j in range(len(grad))]
+
+    def coordinate(self, t: int, j: int, a: float, b: float, g: float, shared: list[float]) -> float:
+        config = self.config
+        h = self.lstms[t][j]([a, b, g, abs(a), abs(b), *shared])
+        out = [self.readout("readout", row, h) for row in range(3)]
+        log_step = config.log_step_bound * math.tanh(config.log_step_gain * out[0] / config.log_step_bound)
+        mix = [config.mix_bound * math.tanh(o / config.mix_bound) for o in out[1:]]
+        return float(-config.nominal_step * math.exp(log_step) * ((1.0 + mix[0]) * a + mix[1] * b))
+
+    @staticmethod
+    def average(old: float, new: float, decay: float) -> float:
+        return decay * old + (1.0 - decay) * new
+
+    def unbias(self, moment: float, decay: float) -> float:
+        return moment / (1.0 - decay**self.time)
+
+
+REFERENCES: dict[str, type[Reference]] = {
+    "lstm": LSTMReference,
+    "meta_lstm": MetaLSTMReference,
+    "adam_lstm": AdamLSTMReference,
+}

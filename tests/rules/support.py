@@ -1,0 +1,80 @@
+"""What the tests of the rules share: one table of rules, rules with random weights, and random runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from learnedopt.rules import RULES, Segments, State, UpdateRule, build_rule
+
+KINDS = sorted(RULES)
+
+# Every registered rule as it comes, and the options that take another path.
+VARIANTS = [
+    *(pytest.param({"kind": kind}, id=kind) for kind in KINDS),
+    pytest.param({"kind": "lstm", "num_layers": 1, "hidden_size": 3, "output_scale": 2.0}, id="lstm-small"),
+    pytest.param({"kind": "lstm", "preprocessing": "identity", "hidden_size": 4}, id="lstm-identity"),
+    pytest.param({"kind": "lstm", "preprocessing_p": 2.0, "num_layers": 3, "hidden_size": 4}, id="lstm-p"),
+    pytest.param({"kind": "meta_lstm", "gate_feedback": "preactivation"}, id="meta_lstm-preactivation"),
+    pytest.param({"kind": "meta_lstm", "gradient_divisor": 25.0, "preprocessing_p": 7.0}, id="meta_lstm-divisor"),
+    pytest.param({"kind": "adam_lstm", "num_layers": 1, "hidden_size": 4, "max_time": 3.0}, id="adam_lstm-small"),
+    pytest.param(
+        {
+            "kind": "adam_lstm",
+            "fast_decay": 0.0,
+            "slow_decay": 0.5,
+            "square_decay": 0.98,
+            "eps": 1e-3,
+            "mix_bound": 0.5,
+        },
+        id="adam_lstm-decays",
+    ),
+]
+
+# Derandomised, so that a run is the same wherever it happens.
+property_test = settings(deadline=None, max_examples=25, derandomize=True)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_rule(
+    config: dict[str, Any] | str, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 0.4
+) -> UpdateRule:
+    """A rule all of whose weights, read-outs and biases included, are drawn from N(0, scale²)."""
+    rule = build_rule({"kind": config} if isinstance(config, str) else config).to(dtype)
+    with torch.no_grad():
+        for weight in rule.parameters():
+            weight.normal_(0.0, scale, generator=generator(seed))
+            seed += 1
+    return rule
+
+
+def random_values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Numbers of either sign with magnitudes from 1e-6 to 10, so that both branches of the preprocessing occur."""
+    sign = torch.randn(*shape, generator=generator(seed), dtype=torch.float64).sign()
+    exponent = torch.empty(*shape, dtype=torch.float64).uniform_(-6.0, 1.0, generator=generator(seed + 1))
+    return (sign * 10.0**exponent).to(dtype)
+
+
+def run(
+    rule: UpdateRule, segments: Segments, params: Tensor, grads: Tensor, losses: Tensor | None = None
+) -> tuple[Tensor, State]:
+    """Every update of a run along given parameters and gradients, ``(T, N)``, and the state at its end.
+
+    Losses are ``(T,)`` or ``(T, copies)``, and all one where none are given.
+    """
+    if losses is None:
+        losses = params.new_ones(len(params))
+    state = rule.init_state(segments, dtype=params.dtype)
+    deltas = []
+    for param, grad, loss in zip(params, grads, losses):
+        delta, state = rule.update(param, grad, state, segments, loss)
+        deltas.append(delta)
+    return torch.stack(deltas), state
