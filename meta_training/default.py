@@ -1,6 +1,6 @@
 """The default optimizer: an LSTM that modulates Adam's directions, trained on many kinds of small network.
 
-    learnedopt meta-train default --out runs/default --export zoo
+To make it: ``learnedopt meta-train default --out runs/default --export zoo``
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The LSTM optimizer for a small MLP on MNIST: Andrychowicz et al. 2016 (arXiv:1606.04474), section 3.2.
 
-    learnedopt meta-train mnist-mlp --root DATA --out runs/mnist-mlp --export zoo
+To make it: ``learnedopt meta-train mnist-mlp --root DATA --out runs/mnist-mlp --export zoo``
 
-As in the paper: 784-20-10 sigmoid network, batches of 128, episodes of 100 steps, windows of 20, gradient preprocessing with
-p = 10, output scale 0.1. Initial parameters as in the authors' code, all normal with standard deviation 0.01. Unlike
-the paper, meta-gradients are of second order: the optimizee is cheap beside the LSTM, and the meta-loss falls in a
-quarter of the updates. DATA holds MNIST where torchvision keeps it, in MNIST/raw.
+As in the paper: 784-20-10 sigmoid network, batches of 128, episodes of 100 steps, windows of 20, preprocessing with
+p = 10, output scale 0.1. Initial parameters as in the authors' code, all normal with standard deviation 0.01. Unlike the
+paper, meta-gradients are of second order: the optimizee is cheap beside the LSTM, and the meta-loss falls in half the
+updates. DATA holds MNIST where torchvision keeps it, in MNIST/raw.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The LSTM optimizer for random quadratics: Andrychowicz et al. 2016 (arXiv:1606.04474), section 3.1.
 
-    learnedopt meta-train quadratic --out runs/quadratic --export zoo
+To make it: ``learnedopt meta-train quadratic --out runs/quadratic --export zoo``
 
 As in the paper: Gaussian W and y, 10 dimensions, 128 problems at a time, episodes of 100 steps, windows of 20,
 no pre- or postprocessing. Unlike it, meta-gradients are of second order: they cost little more here, and 800 updates

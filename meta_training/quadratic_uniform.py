@@ -1,6 +1,6 @@
 """The LSTM optimizer for quadratics as the authors of Andrychowicz et al. 2016 (arXiv:1606.04474) coded them.
 
-    learnedopt meta-train quadratic-uniform --out runs/quadratic-uniform --export zoo
+To make it: ``learnedopt meta-train quadratic-uniform --out runs/quadratic-uniform --export zoo``
 
 As in the paper: W and y uniform in [0, 1), 10 dimensions, 128 problems at a time, episodes of 100 steps, windows of 20,
 no pre- or postprocessing. Unlike it, meta-gradients are of second order: they cost little more here, and 800 updates

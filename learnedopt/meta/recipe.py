@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
+import pickle
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +61,8 @@ def load_recipe(source: str | os.PathLike[str]) -> Recipe:
     spec = importlib.util.spec_from_file_location(f"learnedopt_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # A recipe may define dataclasses, such as a task family of its own, and those look their module up here.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     recipe = getattr(module, "RECIPE", None)
     if not isinstance(recipe, Recipe):
@@ -75,6 +80,9 @@ class MetaTrainingRun:
         recipe: What to run.
         folder: Where; created if need be.
         root: Folder of downloaded data, passed to the recipe.
+
+    Raises:
+        ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read.
     """
 
     def __init__(self, recipe: Recipe, folder: str | os.PathLike[str], root: Path | None = None) -> None:
@@ -85,9 +93,7 @@ class MetaTrainingRun:
         self._checkpoint = self.folder / "checkpoint.pt"
         self.commit = source_commit()
         if self._checkpoint.exists():
-            saved = torch.load(self._checkpoint, weights_only=True)
-            self.trainer.load_state_dict(saved["trainer"])
-            self.commit = saved["commit"]
+            self._resume()
         config = {
             "recipe": recipe.name,
             "commit": self.commit,
@@ -100,7 +106,8 @@ class MetaTrainingRun:
         """Train on, yielding :meth:`MetaTrainer.run`'s records, each also a line of ``log.jsonl``.
 
         A checkpoint is written every ``checkpoint_every`` updates and at the end, also when the caller stops early
-        (closes the generator) or an error ends training. Log lines past the checkpoint are dropped on resuming.
+        (closes the generator). An exception in the middle of an update leaves the last checkpoint as it is: half an
+        update cannot be continued exactly. Log lines past the checkpoint are dropped on resuming.
         """
         self._truncate_log()
         with open(self.folder / "log.jsonl", "a") as log:
@@ -111,14 +118,18 @@ class MetaTrainingRun:
                         log.flush()
                         self.save()
                     yield record
-            finally:
+            except GeneratorExit:
                 log.flush()
                 self.save()
+                raise
+            log.flush()
+            self.save()
 
     def save(self) -> None:
         """Write the checkpoint; the old one stays in place until the new one is whole."""
         temporary = self._checkpoint.with_suffix(".tmp")
-        torch.save({"trainer": self.trainer.state_dict(), "commit": self.commit}, temporary)
+        content = {"recipe": self.recipe.name, "commit": self.commit, "trainer": self.trainer.state_dict()}
+        torch.save(content, temporary)
         os.replace(temporary, self._checkpoint)
 
     def export(self, zoo_folder: str | os.PathLike[str]) -> zoo.ZooEntry:
@@ -126,8 +137,16 @@ class MetaTrainingRun:
 
         Args:
             zoo_folder: The folder of all entries; the entry is the recipe's name in it.
+
+        Raises:
+            ValueError: no validation has had a finite score yet, so that there is no best rule.
         """
         recipe, trainer = self.recipe, self.trainer
+        if not math.isfinite(trainer.best_score):
+            raise ValueError(
+                f"there is no rule to export: no validation in the {trainer.update} update(s) so far had a finite "
+                f"score, and there is one every {recipe.training.validate_every} updates"
+            )
         folder = Path(zoo_folder) / recipe.name
         card = folder / "card.md"
         training = recipe.training
@@ -152,16 +171,40 @@ class MetaTrainingRun:
             },
         )
 
+    def _resume(self) -> None:
+        try:
+            saved = torch.load(self._checkpoint, weights_only=True)
+            trainer, commit = saved["trainer"], saved["commit"]
+        except (EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{self._checkpoint} is damaged or no checkpoint of a meta-training run ({type(error).__name__}); "
+                "remove it to start anew, or restore it"
+            ) from error
+        # Nothing else tells apart two recipes that differ in their tasks alone.
+        name = saved.get("recipe", self.recipe.name)
+        if name != self.recipe.name:
+            raise ValueError(f"{self.folder} holds a run of the recipe {name!r}, not {self.recipe.name!r}")
+        try:
+            self.trainer.load_state_dict(trainer)
+        except ValueError as error:
+            raise ValueError(f"{self.folder} holds another run: {error}") from error
+        self.commit = commit
+
     def _truncate_log(self) -> None:
         log = self.folder / "log.jsonl"
         if log.exists():
-            lines = [line for line in log.read_text().splitlines() if json.loads(line)["update"] <= self.trainer.update]
+            # Checkpoints follow the log, so that every update up to here has its line, first to last; a line beyond,
+            # which a killed process may have left unfinished, is not read.
+            lines = log.read_text().splitlines()[: self.trainer.update]
             log.write_text("".join(line + "\n" for line in lines))
 
 
 def source_commit() -> str:
     """The commit of the checkout this package is imported from, ``-dirty`` if code differs from it, or ``unknown``."""
     package = Path(__file__).resolve().parents[1]
+    # An environment inside some other project's checkout must not pass off that project's commit as ours.
+    if not (package.parent / ".git").exists():
+        return "unknown"
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -67,6 +68,10 @@ class MetaTrainConfig:
             raise ValueError(f"unknown objective {self.objective!r}; known: {sorted(OBJECTIVES)}")
         if not (self.learning_rate > 0 and self.final_learning_rate >= 0):
             raise ValueError("learning_rate must be positive and final_learning_rate not negative")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, or None for none, got {self.clip_norm}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, or None for no early stopping, got {self.patience}")
 
 
 @dataclass
@@ -105,7 +110,7 @@ class MetaTrainer:
         self.config = config
         self.family = family
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)
             self.rule = build_rule(rule)
         self.outer = torch.optim.Adam(self.rule.parameters(), lr=config.learning_rate)
         self.generator = Generator().manual_seed(config.seed)
@@ -150,7 +155,7 @@ class MetaTrainer:
 
     def best_rule(self) -> UpdateRule:
         """The rule with the weights of the best validation so far."""
-        rule = build_rule(self.rule.config)
+        rule = copy.deepcopy(self.rule)
         rule.load_state_dict(self.best_weights)
         return rule
 
@@ -203,7 +208,7 @@ class MetaTrainer:
         """Take over from :meth:`state_dict`.
 
         Raises:
-            ValueError: it was made with another configuration.
+            ValueError: it was made with another configuration, or on tasks of other shapes.
         """
         if state["rule_config"] != self.rule.config.to_dict():
             raise ValueError(f"the checkpoint trains {state['rule_config']}, this run {self.rule.config.to_dict()}")
@@ -221,6 +226,11 @@ class MetaTrainer:
             self.generator.set_state(saved["drawn_from"])
             task = self._draw()
             template = start_episode(self.rule, task, self.generator)
+            if saved["theta"].shape != template.theta.shape:
+                raise ValueError(
+                    f"the checkpoint has an episode of shape {tuple(saved['theta'].shape)} where the family now draws "
+                    f"{task!r}, of shape {tuple(template.theta.shape)}: the tasks have changed, start anew"
+                )
             tensors = {name: saved[name] for name in ("theta", "loss", "grad", "initial_loss")}
             episode = Episode(template.flat, state=saved["state"], step=saved["step"], **tensors)
             self._slots.append(_Slot(saved["drawn_from"], saved["horizon"], episode))
@@ -260,7 +270,8 @@ class MetaTrainer:
             if self.skipped > config.max_skipped:
                 raise MetaTrainingError(
                     f"{self.skipped} windows had a non-finite meta-loss or meta-gradient, the last at update "
-                    f"{self.update} on {', '.join(tasks)}; lower the learning rate, clip the gradient, or shorten the horizon"
+                    f"{self.update} on {', '.join(tasks)}; lower the learning rate, clip the gradient, or shorten the "
+                    f"horizon"
                 )
         self.update += 1
         return {
@@ -281,9 +292,9 @@ class MetaTrainer:
 
     def _horizon(self) -> int:
         config = self.config
-        low, high = config.horizon
-        if config.curriculum_updates:
-            high = low + (high - low) * min(1.0, self.update / config.curriculum_updates)
+        low, longest = config.horizon
+        grown = min(1.0, self.update / config.curriculum_updates) if config.curriculum_updates else 1.0
+        high = low + grown * (longest - low)
         uniform = torch.rand((), generator=self.generator).item()
         length = math.exp(math.log(low) + uniform * (math.log(high) - math.log(low)))
         return config.unroll_length * max(1, round(length / config.unroll_length))

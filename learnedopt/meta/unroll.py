@@ -40,7 +40,10 @@ class FlatTask:
         }
 
     def loss(self, theta: Tensor, batch: Batch) -> Tensor:
-        """The losses of all copies, ``(copies,)``, differentiable in ``theta``; the batch follows its dtype and device."""
+        """The losses of all copies, ``(copies,)``, differentiable in ``theta``.
+
+        The batch follows the dtype and the device of ``theta``.
+        """
         batch = tuple(item.to(theta if item.is_floating_point() else theta.device) for item in batch)
         return torch.func.vmap(lambda flat, item: self.task.loss(self.unflatten(flat), item))(theta, batch)
 

@@ -27,13 +27,13 @@ FAMILIES: dict[str, type[TaskFamily]] = {
 
 __all__ = [
     "FAMILIES",
+    "MLP",
     "Autoencoder",
     "Batch",
     "CharAttention",
     "CharRNN",
     "Conv",
     "Logistic",
-    "MLP",
     "MLPClassification",
     "MatrixFactorization",
     "Mixture",
