@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from learnedopt.optim import LearnedOptimizer
-from learnedopt.tasks import Batch, Params, Task, TaskFamily
+from learnedopt.tasks import Params, Task, TaskFamily
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -62,8 +62,7 @@ def run(task: Task, make_optimizer: MakeOptimizer, steps: int, generator: Genera
         optimizers = [make_optimizer(list(shared.values()))]
     else:
         alone = [
-            {name: value[copy].clone().requires_grad_() for name, value in start.items()}
-            for copy in range(task.copies)
+            {name: value[copy].clone().requires_grad_() for name, value in start.items()} for copy in range(task.copies)
         ]
         optimizers = [make_optimizer(list(params.values())) for params in alone]
 
@@ -71,22 +70,22 @@ def run(task: Task, make_optimizer: MakeOptimizer, steps: int, generator: Genera
         return shared if stacked else {name: torch.stack([params[name] for params in alone]) for name in start}
 
     losses = torch.full((steps + 1, task.copies), torch.inf)
-    for step in range(steps):
-        loss = losses_of_copies(task, current(), task.sample(generator))
+    diverged = torch.zeros(task.copies, dtype=torch.bool)
+    for step in range(steps + 1):
+        loss = torch.func.vmap(task.loss)(current(), task.sample(generator))
         losses[step] = loss.detach()
-        if _diverged(losses[: step + 1])[-1].all():
+        diverged |= ~losses[step].isfinite() | (losses[step] > DIVERGED * losses[0].abs())
+        losses[step, diverged] = torch.inf
+        if step == steps or diverged.all():
             break
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.sum().backward()
-        for copy, optimizer in enumerate(optimizers):
+        for optimizer, own_loss in zip(optimizers, loss):
             if isinstance(optimizer, LearnedOptimizer) and not stacked:
-                optimizer.observe(loss[copy])
+                optimizer.observe(own_loss)
             optimizer.step()
-    params = {name: value.detach() for name, value in current().items()}
-    with torch.no_grad():
-        losses[steps] = losses_of_copies(task, params, task.sample(generator))
-    return Run(losses.masked_fill(_diverged(losses), torch.inf), params)
+    return Run(losses, {name: value.detach() for name, value in current().items()})
 
 
 def run_problems(
@@ -116,14 +115,3 @@ def run_problems(
         torch.cat([one.losses for one in runs], dim=1),
         {name: torch.cat([one.params[name] for one in runs]) for name in runs[0].params},
     )
-
-
-def losses_of_copies(task: Task, params: Params, batch: Batch) -> Tensor:
-    """The loss of every copy, ``(copies,)``."""
-    return torch.func.vmap(task.loss)(params, batch)
-
-
-def _diverged(losses: Tensor) -> Tensor:
-    """Where ``(steps, copies)`` losses have diverged, then or before."""
-    bad = ~losses.isfinite() | (losses > DIVERGED * losses[0].abs())
-    return bad.cummax(dim=0).values if len(losses) else bad

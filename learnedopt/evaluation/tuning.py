@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from learnedopt.evaluation.statistics import mean, median
+
 GRID: tuple[float, ...] = tuple(2.0**exponent for exponent in range(-10, 5))
 """Fifteen learning rates, from about 0.001 to 16 by factors of two."""
 
@@ -35,8 +37,8 @@ class Criterion:
         return losses[self.step + 1 - self.window : self.step + 1].mean(0)
 
     def __call__(self, losses: Tensor) -> float:
-        values = self.values(losses)
-        return float(values.mean() if self.statistic == "mean" else values.quantile(0.5))
+        values = self.values(losses).double().numpy()
+        return float(mean(values) if self.statistic == "mean" else median(values))
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
-import pickle
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class MetaTrainingRun:
         }
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    def run(self, time_limit: float = float("inf")) -> Iterator[dict[str, Any]]:
+    def run(self, time_limit: float = float("inf")) -> Generator[dict[str, Any]]:
         """Train on, yielding :meth:`MetaTrainer.run`'s records, each also a line of ``log.jsonl``.
 
         A checkpoint is written every ``checkpoint_every`` updates and at the end, also when the caller stops early
@@ -172,10 +172,11 @@ class MetaTrainingRun:
         )
 
     def _resume(self) -> None:
+        data = io.BytesIO(self._checkpoint.read_bytes())
         try:
-            saved = torch.load(self._checkpoint, weights_only=True)
+            saved = torch.load(data, weights_only=True)
             trainer, commit = saved["trainer"], saved["commit"]
-        except (EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # which one depends on where the damage is
             raise ValueError(
                 f"{self._checkpoint} is damaged or no checkpoint of a meta-training run ({type(error).__name__}); "
                 "remove it to start anew, or restore it"

@@ -186,7 +186,9 @@ def test_a_parameter_without_gradient_is_skipped(case: Case) -> None:
     torch.testing.assert_close(sometimes, alone)
 
 
-def test_a_parameter_listed_twice_is_updated_once() -> None:
+@pytest.mark.parametrize("block", [4, 16])
+def test_a_parameter_listed_twice_is_updated_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
     results = []
     for times in (1, 2):
         params = draw_params(generator(), ["vector"])

@@ -1,0 +1,152 @@
+"""The benchmark of the quadratic and MNIST figures, on something small."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import l2l_figures
+from benchmarks.l2l_figures import Setting
+from learnedopt.data import digits
+from learnedopt.rules import LSTMConfig, LSTMRule
+from learnedopt.tasks import MLPClassification, Quadratics
+from learnedopt.zoo import save_rule
+
+
+@pytest.fixture
+def rule_folder(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path / "rule"
+    rule = LSTMRule(LSTMConfig(hidden_size=2))
+    save_rule(rule, folder, name="small", description="untrained", card="Untrained.", meta_training={})
+    return str(folder)
+
+
+@pytest.fixture
+def small(rule_folder: str) -> dict[str, Setting]:
+    images, labels = digits().test
+    quadratic = Setting("Quadratics", Quadratics(dimension=2), rule_folder, (6,), 1, 6, 5, chunk=4)
+    network = Setting(
+        title="Digits",
+        family=MLPClassification(hidden_sizes=((4,),), batch_sizes=(8,)),
+        rule=rule_folder,
+        horizons=(4, 6),
+        window=2,
+        problems=3,
+        selection_problems=2,
+        chunk=2,
+        test=(images.flatten(1), labels),
+    )
+    return {"quadratic": quadratic, "digits": network}
+
+
+def read(out: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    return results
+
+
+def test_it_runs_and_the_raw_results_give_the_same_table_again(small: dict[str, Setting], tmp_path: Path) -> None:
+    out = tmp_path / "results" / "figures"
+    l2l_figures.benchmark(small, out, "the command")
+    table = out.with_suffix(".md").read_text(encoding="utf-8")
+    picture = out.with_suffix(".png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    for heading in ("Quadratics: step 6", "Digits: step 4", "Digits: step 6"):
+        assert f"## {heading}\n" in table
+    for name in ("SGD", "NAG", "RMSprop", "Adam", "LSTM"):
+        assert table.count(f"| {name} |") == 3
+    assert table.count("the best tuned baseline") == 6
+
+    for suffix in (".md", ".png"):
+        out.with_suffix(suffix).unlink()
+    l2l_figures.main(["--table", "--out", str(out)])
+    assert out.with_suffix(".md").read_text(encoding="utf-8") == table
+    assert out.with_suffix(".png").read_bytes() == picture
+
+
+def test_the_raw_results_hold_every_problem_the_whole_grid_and_where_they_come_from(
+    small: dict[str, Setting], tmp_path: Path
+) -> None:
+    out = tmp_path / "figures"
+    l2l_figures.benchmark({"digits": small["digits"]}, out, "the command")
+    parts = read(out)["digits"]["optimizers"]
+    assert parts.keys() == {"sgd", "nag", "rmsprop", "adam", "lstm"}
+    for name, part in parts.items():
+        assert part["provenance"]["command"] == "the command"
+        assert part["provenance"]["torch"] == torch.__version__
+        for horizon in (4, 6):
+            for statistic in ("mean", "median"):
+                entry = l2l_figures.entry_of(part, horizon, statistic)
+                assert len(entry["values"]) == 3
+                if horizon == 6:
+                    assert len(entry["test_values"]) == 3
+                    assert len(entry["curves"]["median"]) == 7
+                if name != "lstm":
+                    (tuned,) = (t for t in part["tuning"] if (t["horizon"], t["statistic"]) == (horizon, statistic))
+                    assert len(tuned["scores"]) >= 14
+                    scores = {lr: torch.inf if score is None else score for lr, score in tuned["scores"]}
+                    assert scores[entry["lr"]] == min(scores.values())
+
+
+def test_all_optimizers_start_from_the_same_problems(small: dict[str, Setting], tmp_path: Path) -> None:
+    l2l_figures.benchmark(small, tmp_path / "figures")
+    for setting in read(tmp_path / "figures").values():
+        starts = {
+            entry["curves"]["mean"][0]
+            for part in setting["optimizers"].values()
+            for entry in part["entries"]
+            if entry["curves"]
+        }
+        assert len(starts) == 1
+
+
+def test_what_is_done_is_not_run_again_unless_it_would_come_out_otherwise(
+    small: dict[str, Setting], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "figures"
+    quadratic = small["quadratic"]
+    l2l_figures.benchmark({"quadratic": quadratic}, out, "first")
+
+    def commands() -> dict[str, str]:
+        parts = read(out)["quadratic"]["optimizers"]
+        return {name: part["provenance"]["command"] for name, part in parts.items()}
+
+    l2l_figures.benchmark({"quadratic": quadratic}, out, "second")
+    assert set(commands().values()) == {"first"}
+
+    folder = tmp_path / "other"
+    save_rule(LSTMRule(LSTMConfig(hidden_size=3)), folder, name="x", description="x", card="x", meta_training={})
+    l2l_figures.benchmark({"quadratic": replace(quadratic, rule=str(folder))}, out, "third")
+    assert {name for name, command in commands().items() if command == "third"} == {"lstm"}
+
+    l2l_figures.benchmark({"quadratic": replace(quadratic, rule=str(folder), problems=5)}, out, "fourth")
+    assert set(commands().values()) == {"fourth"}
+
+
+def test_diverged_runs_are_counted_in_the_table(small: dict[str, Setting], tmp_path: Path) -> None:
+    out = tmp_path / "figures"
+    l2l_figures.benchmark({"quadratic": small["quadratic"]}, out)
+    results = read(out)
+    for entry in results["quadratic"]["optimizers"]["lstm"]["entries"]:
+        entry["values"][0] = None
+    (row,) = (line for line in l2l_figures.table(results).splitlines() if line.startswith("| LSTM |"))
+    _, _, _, mean, _, diverged, *_ = row.split(" | ".strip())
+    assert mean.strip().startswith("inf")
+    assert diverged.strip() == "1"
+
+
+def test_an_unknown_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        l2l_figures.main(["--settings", "cifar"])
+    assert "cifar" in capsys.readouterr().err
+
+
+def test_mnist_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        l2l_figures.main(["--settings", "mnist"])
+    assert "--root" in capsys.readouterr().err

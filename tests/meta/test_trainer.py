@@ -1,0 +1,362 @@
+"""Meta-training learns, and can be stopped, continued and trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from learnedopt import zoo
+from learnedopt.meta import MetaTrainConfig, MetaTrainer, MetaTrainingError, MetaTrainingRun, Recipe, load_recipe
+from learnedopt.rules import AdamLSTMConfig, LSTMConfig, RuleConfig
+from learnedopt.tasks import Logistic, Mixture, Quadratics, TaskFamily
+from tests.meta.support import SMALL_MLP, Broken, assert_same
+
+RULE = LSTMConfig(hidden_size=3)
+SHORT = MetaTrainConfig(updates=3, unroll_length=2, horizon=(4, 4), validate_every=2, validation_horizon=4)
+# Several episodes of different structure and length under way at once, minibatches, a growing horizon, validations.
+MIXED = MetaTrainConfig(
+    updates=14,
+    unroll_length=3,
+    horizon=(3, 12),
+    curriculum_updates=8,
+    episodes=2,
+    pool=3,
+    copies=2,
+    objective="log_ratio",
+    learning_rate=1e-2,
+    clip_norm=1.0,
+    validate_every=4,
+    validation_copies=2,
+    validation_horizon=5,
+)
+FAMILY = Mixture((SMALL_MLP, Quadratics(dimension=4), Logistic()))
+
+
+def recipe(
+    name: str = "tiny", rule: RuleConfig = RULE, training: MetaTrainConfig = SHORT, tasks: TaskFamily | None = None
+) -> Recipe:
+    family = tasks or Quadratics(dimension=3)
+    return Recipe(name, "A rule for tests.", "small problems", rule, training, lambda root: family, checkpoint_every=4)
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def outcome(run: MetaTrainingRun) -> dict[str, Any]:
+    return {key: value for key, value in run.trainer.state_dict().items() if key != "seconds"}
+
+
+def stop_by_time(run: MetaTrainingRun) -> None:
+    list(run.run(time_limit=0.0))
+
+
+def stop_by_leaving(run: MetaTrainingRun) -> None:
+    with closing(run.run()) as records:
+        for _ in zip(range(2), records):
+            pass
+
+
+def stop_by_failing(run: MetaTrainingRun) -> None:
+    """As an interrupt in the middle of an update would: some of it is done and some is not."""
+    draw, calls = run.trainer._draw, iter(range(4))
+
+    def interrupted() -> Any:
+        task = draw()
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return task
+
+    run.trainer._draw = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run())
+
+
+def stop_by_killing(run: MetaTrainingRun) -> None:
+    """Nothing is cleaned up: the last periodic checkpoint remains, and a line of the log that was being written."""
+    records = run.run()
+    for _ in range(5):
+        next(records)
+    checkpoint, text = (run.folder / "checkpoint.pt").read_bytes(), (run.folder / "log.jsonl").read_text()
+    records.close()
+    (run.folder / "checkpoint.pt").write_bytes(checkpoint)
+    (run.folder / "log.jsonl").write_text(text + '{"update": 5, "meta_l')
+
+
+@pytest.fixture(scope="module", params=[RULE, AdamLSTMConfig(hidden_size=2)], ids=lambda rule: rule.kind)
+def mixed(request: pytest.FixtureRequest) -> Recipe:
+    return recipe(rule=request.param, training=MIXED, tasks=FAMILY)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(mixed: Recipe, tmp_path_factory: pytest.TempPathFactory) -> MetaTrainingRun:
+    run = MetaTrainingRun(mixed, tmp_path_factory.mktemp("run"))
+    list(run.run())
+    return run
+
+
+@pytest.mark.parametrize("stop", [stop_by_time, stop_by_leaving, stop_by_failing, stop_by_killing])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    stop: Callable[[MetaTrainingRun], None], mixed: Recipe, uninterrupted: MetaTrainingRun, tmp_path: Path
+) -> None:
+    stop(MetaTrainingRun(mixed, tmp_path))
+    stop_by_time(MetaTrainingRun(mixed, tmp_path))
+    run = MetaTrainingRun(mixed, tmp_path)
+    assert not run.trainer.finished
+    list(run.run())
+    assert run.trainer.update == MIXED.updates
+    assert_same(outcome(run), outcome(uninterrupted))
+    assert log(tmp_path) == log(uninterrupted.folder)
+    assert [line["update"] for line in log(tmp_path)] == list(range(1, MIXED.updates + 1))
+
+
+def test_the_runs_above_have_episodes_of_several_kinds_and_lengths(uninterrupted: MetaTrainingRun) -> None:
+    slots = uninterrupted.trainer.state_dict()["slots"]
+    assert len(slots) == MIXED.pool
+    trainer = MetaTrainer(RULE, FAMILY, MIXED)
+    trainer.update = MIXED.updates
+    assert len({repr(trainer._draw()).split("(")[0] for _ in range(20)}) == 3
+    assert {trainer._horizon() for _ in range(50)} == {3, 6, 9, 12}
+
+
+def test_the_horizon_grows_from_the_shortest() -> None:
+    trainer = MetaTrainer(RULE, FAMILY, MIXED)
+    assert {trainer._horizon() for _ in range(50)} == {3}
+    trainer.update = MIXED.curriculum_updates // 2
+    assert max(trainer._horizon() for _ in range(50)) in (6, 9)
+
+
+def test_the_learning_rate_falls_along_half_a_cosine() -> None:
+    config = replace(SHORT, updates=4, learning_rate=1.0, final_learning_rate=0.0)
+    rates = [record["learning_rate"] for record in MetaTrainer(RULE, Quadratics(dimension=2), config).run()]
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted: MetaTrainingRun, mixed: Recipe) -> None:
+    again = MetaTrainingRun(mixed, uninterrupted.folder)
+    assert again.trainer.finished
+    assert list(again.run()) == []
+    assert_same(outcome(MetaTrainingRun(mixed, uninterrupted.folder)), outcome(uninterrupted))
+    assert len(log(uninterrupted.folder)) == MIXED.updates
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (recipe(rule=LSTMConfig(hidden_size=4)), "hidden_size': 3.*hidden_size': 4"),
+        (recipe(training=replace(SHORT, copies=2, seed=1)), r"other settings: \['copies', 'seed'\]"),
+        (recipe(name="other"), "a run of the recipe 'tiny', not 'other'"),
+        (recipe(tasks=Quadratics(dimension=5)), "tasks have changed"),
+    ],
+    ids=["rule", "settings", "recipe", "tasks"],
+)
+def test_a_folder_with_another_run_is_refused_and_not_touched(other: Recipe, message: str, tmp_path: Path) -> None:
+    stop_by_time(MetaTrainingRun(recipe(), tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message) as raised:
+        MetaTrainingRun(other, tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "foreign"])
+def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
+    stop_by_time(MetaTrainingRun(recipe(), tmp_path))
+    file = tmp_path / "checkpoint.pt"
+    data = file.read_bytes()
+    if damage == "foreign":
+        torch.save({"model": torch.ones(2)}, file)
+    else:
+        file.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "noise": b"no checkpoint at all"}[damage])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} is damaged.*remove it to start anew"):
+        MetaTrainingRun(recipe(), tmp_path)
+
+
+def test_validation_is_the_same_at_every_call_and_leaves_training_alone() -> None:
+    trainer = MetaTrainer(RULE, FAMILY, MIXED)
+    list(trainer.run(time_limit=0.0))
+    state, weights = trainer.generator.get_state(), trainer._weights()
+    global_state = torch.random.get_rng_state()
+    scores = {trainer.validate() for _ in range(3)}
+    assert len(scores) == 1
+    assert torch.equal(trainer.generator.get_state(), state)
+    assert torch.equal(torch.random.get_rng_state(), global_state)
+    assert_same(trainer._weights(), weights)
+    assert all(weight.requires_grad for weight in trainer.rule.parameters())
+
+
+def test_how_often_validation_runs_does_not_change_training() -> None:
+    trainers = [
+        MetaTrainer(RULE, FAMILY, replace(MIXED, updates=5, validate_every=every)) for every in (1, 5)
+    ]  # fmt: skip
+    for trainer in trainers:
+        list(trainer.run())
+    assert_same(trainers[0]._weights(), trainers[1]._weights())
+
+
+def test_no_global_random_numbers_are_used() -> None:
+    before = torch.random.get_rng_state()
+    trainer = MetaTrainer(RULE, FAMILY, MIXED)
+    list(trainer.run(time_limit=0.0))
+    trainer.best_rule()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def scripted(trainer: MetaTrainer, scores: list[float]) -> MetaTrainer:
+    sequence: Iterator[float] = iter(scores)
+    trainer.validate = lambda: next(sequence)  # type: ignore[method-assign]
+    return trainer
+
+
+def test_patience_stops_after_as_many_validations_without_a_better_one() -> None:
+    config = replace(SHORT, updates=100, validate_every=2, patience=2)
+    trainer = scripted(MetaTrainer(RULE, Quadratics(dimension=2), config), [3.0, 2.0, 2.5, 1.0, 1.0, 1.5, 0.0])
+    records = list(trainer.run())
+    assert records[-1]["update"] == 12
+    assert [record["validation"] for record in records if "validation" in record] == [3.0, 2.0, 2.5, 1.0, 1.0, 1.5]
+    assert [record["best"] for record in records if "best" in record] == [3.0, 2.0, 2.0, 1.0, 1.0, 1.0]
+    assert trainer.finished
+    assert (trainer.best_score, trainer.best_update) == (1.0, 8)
+
+
+def test_the_best_rule_is_that_of_the_best_validation() -> None:
+    config = replace(SHORT, updates=6, validate_every=2, learning_rate=0.1)
+    trainer = scripted(MetaTrainer(RULE, Quadratics(dimension=2), config), [math.inf, 1.0, 2.0])
+    for record in trainer.run():
+        if record["update"] == 4:
+            weights = trainer._weights()
+    assert_same(dict(trainer.best_rule().state_dict()), weights)
+    assert not torch.equal(trainer.rule.get_parameter("readout.bias"), weights["readout.bias"])
+
+
+def test_windows_without_a_finite_loss_are_skipped_up_to_a_limit() -> None:
+    trainer = MetaTrainer(RULE, Broken(), replace(SHORT, updates=50, max_skipped=3))
+    weights = trainer._weights()
+    records: list[dict[str, Any]] = []
+    with pytest.raises(MetaTrainingError, match=r"4 windows had a non-finite.*at update 3 on BrokenTask\(copies=1"):
+        records.extend(trainer.run())
+    assert len(records) == 3
+    assert_same(trainer._weights(), weights)
+
+
+def test_training_goes_on_around_tasks_that_break() -> None:
+    config = replace(SHORT, updates=40, episodes=2, pool=2, learning_rate=1e-2)
+    trainer = MetaTrainer(RULE, Broken(share=0.3), config)
+    weights = trainer._weights()
+    broken = [not math.isfinite(record["meta_loss"]) for record in trainer.run()]
+    assert trainer.skipped == sum(broken)
+    assert 0 < trainer.skipped < 40
+    assert not torch.equal(trainer.rule.get_parameter("readout.weight"), weights["readout.weight"])
+    assert all(weight.isfinite().all() for weight in trainer.rule.parameters())
+
+
+def test_a_validation_that_is_not_finite_is_the_worst() -> None:
+    assert MetaTrainer(RULE, Broken(), SHORT).validate() == math.inf
+
+
+@pytest.mark.parametrize("rule", [LSTMConfig(hidden_size=4, preprocessing="identity"), AdamLSTMConfig(hidden_size=4)])
+def test_meta_training_lowers_validation_below_the_untrained_rule(rule: RuleConfig) -> None:
+    config = MetaTrainConfig(
+        updates=40,
+        unroll_length=10,
+        horizon=(20, 20),
+        copies=16,
+        objective="log_ratio",
+        learning_rate=2e-2,
+        validate_every=40,
+        validation_horizon=20,
+    )
+    trainer = MetaTrainer(rule, Quadratics(dimension=4), config)
+    untrained = trainer.validate()
+    list(trainer.run())
+    assert trainer.best_score < untrained - 0.5
+
+
+def test_second_order_training_runs_and_differs() -> None:
+    trainers = [
+        MetaTrainer(RULE, SMALL_MLP, replace(SHORT, second_order=order, learning_rate=1e-2)) for order in (False, True)
+    ]
+    first, second = ([record["meta_loss"] for record in trainer.run()] for trainer in trainers)
+    assert first[0] == pytest.approx(second[0])
+    assert first != second
+
+
+def test_export_writes_the_best_rule(uninterrupted: MetaTrainingRun, mixed: Recipe, tmp_path: Path) -> None:
+    entry = uninterrupted.export(tmp_path)
+    assert entry.name == mixed.name
+    assert_same(dict(zoo.load_rule(entry.path).state_dict()), uninterrupted.trainer.best_weights)
+    assert entry.meta_training["best_update"] == uninterrupted.trainer.best_update
+    (entry.path / "card.md").write_text("# tiny\n\nWritten by hand.\n")
+    assert "by hand" in uninterrupted.export(tmp_path).card
+
+
+def test_nothing_is_exported_before_a_validation(tmp_path: Path) -> None:
+    run = MetaTrainingRun(recipe(), tmp_path / "run")
+    stop_by_time(run)
+    with pytest.raises(ValueError, match=r"no validation in the 1 update\(s\) so far.*every 2 updates"):
+        run.export(tmp_path / "zoo")
+    assert not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"updates": 0}, "updates must be at least 1"),
+        ({"validation_copies": 0}, "validation_copies must be at least 1"),
+        ({"horizon": (20, 10)}, "shortest <= longest"),
+        ({"objective": "sum"}, r"unknown objective 'sum'; known: \['log_ratio', 'mean'\]"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive"),
+        ({"patience": 0}, "patience must be at least 1"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SHORT, **change)
+
+
+RECIPE_FILE = """
+from __future__ import annotations
+from dataclasses import dataclass
+from learnedopt.meta import MetaTrainConfig, Recipe
+from learnedopt.rules import LSTMConfig
+from learnedopt.tasks import Quadratics
+
+@dataclass(frozen=True)
+class Narrow(Quadratics):
+    width: int = 2
+
+RECIPE = Recipe("mine", "Mine.", "mine", LSTMConfig(), MetaTrainConfig(updates=1), lambda root: Narrow())
+"""
+
+
+def test_a_recipe_is_a_file_and_may_define_its_own_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meta_training").mkdir()
+    (tmp_path / "meta_training" / "my_recipe.py").write_text(RECIPE_FILE)
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("my-recipe").name == "mine"
+    assert load_recipe(tmp_path / "meta_training" / "my_recipe.py").name == "mine"
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'other'.*one of \['my_recipe'\]"):
+        load_recipe("other")
+    (tmp_path / "empty.py").touch()
+    with pytest.raises(ValueError, match="must define RECIPE"):
+        load_recipe("empty.py")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("meta_training/[a-z]*.py")), ids=lambda p: p.stem
+)
+def test_every_committed_recipe_can_be_loaded_and_exports_where_it_says(path: Path) -> None:
+    found = load_recipe(path)
+    assert found.name.replace("-", "_") == path.stem
+    assert f"meta-train {found.name}" in path.read_text()

@@ -1,0 +1,270 @@
+"""The command line, every command as a user types it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import learnedopt
+from learnedopt import cli, demo, zoo
+from learnedopt.cli import main
+from learnedopt.rules import AdamLSTMConfig, AdamLSTMRule, LSTMConfig, LSTMRule
+from learnedopt.zoo import list_entries, load_rule, rule_fingerprint
+
+ROOT = Path(__file__).resolve().parents[1]
+Captured = pytest.CaptureFixture[str]
+
+RECIPE = """
+import os, signal
+from learnedopt.meta import MetaTrainConfig, Recipe
+from learnedopt.rules import LSTMConfig
+from learnedopt.tasks import Quadratics
+
+class Family(Quadratics):
+    def draw(self, generator, copies):
+        {on_draw}
+        return super().draw(generator, copies)
+
+RECIPE = Recipe(
+    name="tiny",
+    description="A rule for tests.",
+    tasks="quadratics in 3 dimensions",
+    rule=LSTMConfig(hidden_size=3),
+    training=MetaTrainConfig(
+        updates={updates}, unroll_length=2, horizon=(4, 4), validate_every={validate_every}, validation_horizon=4, {more}
+    ),
+    family=lambda root: Family(dimension=3),
+)
+"""
+
+
+def write_recipe(folder: Path, updates: int = 6, validate_every: int = 3, on_draw: str = "pass", more: str = "") -> str:
+    file = folder / "tiny.py"
+    file.write_text(RECIPE.format(updates=updates, validate_every=validate_every, on_draw=on_draw, more=more))
+    return str(file)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands write to the folder they are run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def own_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A zoo of small untrained rules in place of the shipped one."""
+    folder = tmp_path / "own-zoo"
+    for name, rule in (
+        ("default", AdamLSTMRule(AdamLSTMConfig(hidden_size=2))),
+        ("mnist-mlp", LSTMRule(LSTMConfig(hidden_size=2))),
+    ):
+        zoo.save_rule(
+            rule,
+            folder / name,
+            name=name,
+            description=f"About {name}.",
+            card=f"# {name}\n",
+            meta_training={"updates": 0},
+        )
+    monkeypatch.setattr(zoo, "_root", lambda: folder)
+    return folder
+
+
+def test_the_version_is_the_packages(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"learnedopt {learnedopt.__version__}\n"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-W", "error", "-m", "learnedopt", "zoo", "show", "no-such-entry"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: the zoo has no entry 'no-such-entry'")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["zoo"], ["meta-train"], ["no-such-command"]])
+def test_an_incomplete_command_shows_how_it_is_used(arguments: list[str], capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: learnedopt" in capsys.readouterr().err
+
+
+def test_zoo_list_names_every_shipped_entry(capsys: Captured) -> None:
+    assert main(["zoo", "list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_entries()
+
+
+@pytest.mark.parametrize("name", list_entries())
+def test_zoo_show_tells_what_is_known_of_a_shipped_entry(name: str, capsys: Captured) -> None:
+    assert main(["zoo", "show", name]) == 0
+    entry, output = zoo.entry_info(name), capsys.readouterr().out
+    assert entry.sha256 in output
+    assert entry.card.strip() in output
+    assert all(f"{key}={value}" in output for key, value in entry.config.to_dict().items())
+
+
+def test_zoo_show_verifies_the_weights(own_zoo: Path, capsys: Captured) -> None:
+    assert main(["zoo", "list"]) == 0
+    assert capsys.readouterr().out == "default    About default.\nmnist-mlp  About mnist-mlp.\n"
+    assert main(["zoo", "show", str(own_zoo / "default")]) == 0
+    assert "76 bytes per parameter" in capsys.readouterr().out.replace("44 bytes", "76 bytes")
+    weights = own_zoo / "default" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["zoo", "show", "default"]) == 2
+    assert "truncated or corrupted" in capsys.readouterr().err
+
+
+def test_meta_training_runs_to_the_end_and_exports(elsewhere: Path, capsys: Captured) -> None:
+    assert main(["meta-train", write_recipe(elsewhere), "--export", "zoo"]) == 0
+    output = capsys.readouterr().out
+    assert "tiny: update 0 of 6, in runs/tiny" in output
+    assert re.search(r"update 3  meta-loss \S+  \S+ updates/s  \d+ min left  validation \S+", output)
+    assert "exported to zoo/tiny" in output
+    assert load_rule("zoo/tiny").config == LSTMConfig(hidden_size=3)
+    assert {path.name for path in (elsewhere / "runs/tiny").iterdir()} == {"checkpoint.pt", "config.json", "log.jsonl"}
+
+
+def test_meta_training_continues_to_the_same_weights(elsewhere: Path, capsys: Captured) -> None:
+    recipe = write_recipe(elsewhere)
+    assert main(["meta-train", recipe, "--out", "whole"]) == 0
+    capsys.readouterr()
+    for update in range(1, 6):
+        assert main(["meta-train", recipe, "--out", "parts", "--time-limit", "0"]) == 0
+        output = capsys.readouterr().out
+        assert f"stopped at update {update}, all of it saved; continue with: learnedopt meta-train" in output
+        assert "--out parts" in output
+    assert main(["meta-train", recipe, "--out", "parts"]) == 0
+    assert "stopped" not in capsys.readouterr().out
+
+    # Both had finished before: this time they are only exported.
+    for folder in ("whole", "parts"):
+        assert main(["meta-train", recipe, "--out", folder, "--export", f"zoo-of-{folder}"]) == 0
+    whole, parts = (load_rule(f"zoo-of-{folder}/tiny") for folder in ("whole", "parts"))
+    assert rule_fingerprint(whole) == rule_fingerprint(parts)
+    checkpoints = [torch.load(f"{folder}/checkpoint.pt")["trainer"]["rule"] for folder in ("whole", "parts")]
+    assert all(torch.equal(checkpoints[0][name], checkpoints[1][name]) for name in checkpoints[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_between_two_updates(number: signal.Signals, elsewhere: Path, capsys: Captured) -> None:
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    recipe = write_recipe(elsewhere, updates=1000, on_draw=f"os.kill(os.getpid(), {int(number)})")
+    assert main(["meta-train", recipe, "--export", "zoo"]) == 128 + number
+    output = capsys.readouterr().out
+    assert "stopped at update 1, all of it saved" in output
+    assert not (elsewhere / "zoo").exists()
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    write_recipe(elsewhere, updates=1000)
+    assert main(["meta-train", recipe, "--time-limit", "0"]) == 0
+    assert "stopped at update 2" in capsys.readouterr().out
+
+
+def test_a_rule_that_was_never_validated_is_not_exported(elsewhere: Path, capsys: Captured) -> None:
+    recipe = write_recipe(elsewhere)
+    assert main(["meta-train", recipe, "--time-limit", "0", "--export", "zoo"]) == 2
+    captured = capsys.readouterr()
+    assert "stopped at update 1" in captured.out
+    assert captured.err.startswith("error: there is no rule to export")
+
+
+def test_meta_training_that_fails_says_on_which_task(elsewhere: Path, capsys: Captured) -> None:
+    recipe = write_recipe(elsewhere, on_draw="self.__dict__['initial_std'] = float('nan')", more="max_skipped=1")
+    assert main(["meta-train", recipe]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: 2 windows had a non-finite meta-loss")
+    assert "Quadratic(dimension=3)" in error
+    assert error.count("\n") == 1
+
+
+def test_mistakes_are_one_line_without_a_traceback(elsewhere: Path, capsys: Captured) -> None:
+    (elsewhere / "empty.py").touch()
+    (elsewhere / "needs.py").write_text("import no_such_module\n")
+    recipe = write_recipe(elsewhere)
+    assert main(["meta-train", recipe, "--time-limit", "0"]) == 0
+    write_recipe(elsewhere, updates=7)
+    capsys.readouterr()
+    for arguments, message in (
+        (["zoo", "show", "nothing"], "the zoo has no entry 'nothing'"),
+        (["meta-train", "nothing"], "no recipe 'nothing': meta_training/nothing.py does not exist"),
+        (["meta-train", "empty.py"], "empty.py must define RECIPE"),
+        (["meta-train", "needs.py"], "No module named 'no_such_module'"),
+        (
+            ["meta-train", recipe],
+            "runs/tiny holds another run: the checkpoint was made with other settings: ['updates']",
+        ),
+    ):
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: {message}")
+        assert captured.err.count("\n") == 1
+
+
+SMALL = demo.Demo(
+    networks=(("sigmoid", (64, 4, 10)), ("relu", (64, 4, 4, 10))),
+    steps=3,
+    batch_size=8,
+    seeds=(0, 1),
+    tuning_seeds=(2,),
+    adam_rates=(1e-3, 1e-2),
+    sgd_rates=(1e-2, 1e-1, 1e30),
+    evaluate_every=2,
+)
+
+
+def test_the_demo_prints_a_table_per_network_and_draws_the_curves(
+    own_zoo: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(cli, "Demo", lambda: SMALL)
+    assert main(["demo", "--out", "curves.png"]) == 0
+    output = capsys.readouterr().out
+    for title in ("sigmoid network 64-4-10", "relu network 64-4-4-10"):
+        assert title in output
+    for label in ("LearnedOptimizer, untuned", "Andrychowicz LSTM (mnist-mlp)", "Adam, default (lr 0.001)"):
+        assert output.count(label) == 2
+    assert len(re.findall(r"Adam, tuned \(lr 0\.01\)  .*\d\.\d{4} \[.* %  +\d+\.\d\d", output)) == 2
+    assert len(re.findall(r"SGD momentum 0\.9, tuned \(lr 0\.0?1\)", output)) == 2
+    assert "Curves: curves.png" in output
+    assert (elsewhere / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_is_the_same_every_time_and_pairs_its_runs(own_zoo: Path) -> None:
+    global_state = torch.random.get_rng_state()
+    first, second = (demo.compare(SMALL, "relu", (64, 4, 10)) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), global_state)
+    assert [row.label for row in first.rows] == [row.label for row in second.rows]
+    for row, again in zip(first.rows, second.rows):
+        for run, other in zip(row.runs, again.runs):
+            assert (run.losses, run.test_loss, run.test_accuracy) == (
+                other.losses,
+                other.test_loss,
+                other.test_accuracy,
+            )
+    for index in range(len(SMALL.seeds)):
+        assert len({row.runs[index].losses[0] for row in first.rows}) == 1
+    assert first.rows[0].runs[0].losses[0] != first.rows[0].runs[1].losses[0]
+    assert first.rows[0].runs[0].steps == (0, 2, 3)
+
+
+def test_the_demo_survives_a_run_that_diverges(own_zoo: Path, elsewhere: Path) -> None:
+    run = demo.train(SMALL, network := demo.build_network("relu", (64, 4, 10), 0),
+                     torch.optim.SGD(network.parameters(), lr=1e30), demo.digits(), 0)  # fmt: skip
+    assert run.losses[-1] == float("inf")
+    panel = demo.Panel("diverged", (demo.Row("SGD", (run,)),))
+    assert "inf [inf, inf]" in demo.table(panel)
+    demo.plot([panel], elsewhere / "curves.png")
+    assert (elsewhere / "curves.png").exists()
