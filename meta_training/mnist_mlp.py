@@ -2,10 +2,10 @@
 
 To make it: ``learnedopt meta-train mnist-mlp --root DATA --out runs/mnist-mlp --export zoo``
 
-As in the paper: 784-20-10 sigmoid network, batches of 128, episodes of 100 steps, windows of 20, preprocessing with
-p = 10, output scale 0.1. Initial parameters as in the authors' code, all normal with standard deviation 0.01. Unlike the
-paper, meta-gradients are of second order: the optimizee is cheap beside the LSTM, and the meta-loss falls in half the
-updates. DATA holds MNIST where torchvision keeps it, in MNIST/raw.
+As in the paper: 784-20-10 sigmoid network, batches of 128, windows of 20, gradients as constants, preprocessing with
+p = 10, output scale 0.1. Initial parameters as in the authors' code, all normal with standard deviation 0.01. Unlike
+the paper, whose episodes are 100 steps long, they are 100 to 200. Second-order meta-gradients learn faster at first,
+but here they explode after some 300 updates. DATA holds MNIST where torchvision keeps it, in MNIST/raw.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ RECIPE = Recipe(
     training=MetaTrainConfig(
         updates=1_600,
         unroll_length=20,
-        horizon=(100, 100),
-        pool=5,
+        horizon=(100, 200),
+        pool=7,
         copies=1,
-        second_order=True,
         learning_rate=3e-3,
-        final_learning_rate=1e-4,
-        clip_norm=1.0,
+        final_learning_rate=5e-5,
+        clip_norm=0.5,
         validate_every=100,
-        validation_copies=8,
+        validation_copies=6,
+        validation_horizon=150,
     ),
     family=family,
     checkpoint_every=20,
