@@ -24,7 +24,6 @@ import json
 import math
 import platform
 import shlex
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -45,14 +44,16 @@ from learnedopt.evaluation import (
     Criterion,
     Estimate,
     Run,
+    bootstrap,
     paired_ratio,
     run_problems,
     share_below,
-    summarize,
     tune,
 )
 from learnedopt.evaluation.statistics import mean, median
+from learnedopt.meta.recipe import source_commit
 from learnedopt.optim import LearnedOptimizer
+from learnedopt.rules import UpdateRule
 from learnedopt.tasks import MLPClassification, Quadratics, TaskFamily
 from learnedopt.zoo import load_rule, rule_fingerprint
 
@@ -128,8 +129,6 @@ def settings(names: Sequence[str], load_mnist: Callable[[], ImageData], problems
 
 def run_setting(setting: Setting, done: dict[str, Any], save: Callable[[dict[str, Any]], None], command: str) -> None:
     """Bring ``done``, the results of a setting, up to date; ``save`` it after each optimizer."""
-    done.update(title=setting.title, horizons=setting.horizons, window=setting.window, problems=setting.problems)
-    parts = done.setdefault("optimizers", {})
     rule = load_rule(setting.rule)
     common = {
         "family": repr(setting.family),
@@ -140,18 +139,16 @@ def run_setting(setting: Setting, done: dict[str, Any], save: Callable[[dict[str
         "reporting_seed": REPORTING_SEED,
     }
     tuning = {"selection_problems": setting.selection_problems, "selection_seed": SELECTION_SEED, "grid": list(GRID)}
-    for name in (*HAND_WRITTEN, "lstm"):
-        config = common | (
-            tuning if name in BASELINES else {"rule": rule.config.to_dict(), "sha256": rule_fingerprint(rule)}
-        )
-        config = json.loads(json.dumps(config))  # lists for tuples, as in what was saved
-        if parts.get(name, {}).get("config") == config:
+    configs = dict.fromkeys(HAND_WRITTEN, common | tuning) | {"lstm": common | {"sha256": rule_fingerprint(rule)}}
+    # Results of other problems cannot stand beside new ones.
+    parts = {name: part for name, part in done.get("optimizers", {}).items() if part["config"] == configs[name]}
+    done.update(title=setting.title, horizons=setting.horizons, window=setting.window, problems=setting.problems)
+    done["optimizers"] = parts
+    for name, config in configs.items():
+        if name in parts:
             continue
         start = time.perf_counter()
-        if name in BASELINES:
-            results = run_baseline(name, setting)
-        else:
-            results = run_learned(lambda params: LearnedOptimizer(params, rule=rule), setting)
+        results = run_lstm(rule, setting) if name == "lstm" else run_baseline(name, setting)
         seconds = round(time.perf_counter() - start, 1)
         parts[name] = {"config": config, **results, "seconds": seconds, "provenance": provenance(command)}
         save(done)
@@ -192,8 +189,12 @@ def run_baseline(name: str, setting: Setting) -> dict[str, Any]:
     return {"tuning": tuning, "entries": entries}
 
 
-def run_learned(make: Callable[[Iterable[Tensor]], Optimizer], setting: Setting) -> dict[str, Any]:
-    """Run a learned optimizer once, and judge that run at every horizon."""
+def run_lstm(rule: UpdateRule, setting: Setting) -> dict[str, Any]:
+    """Run the LSTM once, and judge that run at every horizon."""
+
+    def make(params: Iterable[Tensor]) -> Optimizer:
+        return LearnedOptimizer(params, rule=rule)
+
     with tqdm(desc=f"{setting.title}: {NAMES['lstm']}", total=1, unit="run") as bar:
         steps = max(setting.horizons)
         result = run_problems(setting.family, make, setting.problems, steps, REPORTING_SEED, chunk=setting.chunk)
@@ -210,44 +211,27 @@ def judge(setting: Setting, result: Run, horizon: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"horizon": horizon, "values": to_json(values), "test_values": None, "curves": None}
     if horizon == max(setting.horizons):
         if setting.test is not None:
-            entry["test_values"] = to_json(test_losses(setting, result))
+            entry["test_values"] = to_json(test_losses(setting, setting.test, result))
         losses = result.losses.numpy()
         # No interpolation: nothing lies between a finite loss and that of a diverged run.
-        quartiles = np.quantile(losses, [0.25, 0.75], axis=1, method="inverted_cdf")
-        curves = {
-            "mean": losses.mean(1),
-            "median": np.median(losses, axis=1),
-            "low": quartiles[0],
-            "high": quartiles[1],
-        }
+        low, high = np.quantile(losses, [0.25, 0.75], axis=1, method="inverted_cdf")
+        curves = {"mean": losses.mean(1), "median": np.median(losses, axis=1), "low": low, "high": high}
         entry["curves"] = {key: to_json(curve) for key, curve in curves.items()}
     return entry
 
 
-def test_losses(setting: Setting, result: Run) -> Tensor:
-    """The loss of every problem's final parameters on all test images; infinite where the run diverged."""
+def test_losses(setting: Setting, test: tuple[Tensor, Tensor], result: Run) -> Tensor:
+    """The loss of every problem's final parameters on the whole test set; infinite where the run diverged."""
     task = setting.family.draw(torch.Generator().manual_seed(0), setting.problems)
-    loss = torch.func.vmap(task.loss, in_dims=(0, None), chunk_size=setting.chunk)  # type: ignore[arg-type]
-    values: Tensor = loss(result.params, setting.test)
+    values: Tensor = torch.func.vmap(task.loss, in_dims=(0, None), chunk_size=setting.chunk)(result.params, test)
     return values.masked_fill(result.losses[-1].isinf(), math.inf)
 
 
 def provenance(command: str) -> dict[str, Any]:
     """Where a result comes from."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     return {
         "command": command,
-        "commit": commit,
+        "commit": source_commit(),
         "learnedopt": learnedopt.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -280,22 +264,22 @@ def table(results: dict[str, Any]) -> str:
         "# LSTM optimizers and tuned baselines on the problems of Andrychowicz et al. 2016",
         "",
         "Made by `benchmarks/l2l_figures.py`, whose docstring says how. Losses with 95 % bootstrap intervals over",
-        "problems. Baselines are tuned for mean and median apart: each column is of the run tuned for it. *LSTM lower*",
-        "is the share of problems on which the LSTM ends below the baseline tuned for the median.",
+        "problems. Baselines are tuned for mean and median apart, and each column is of the run tuned for it; learning",
+        "rates and diverged runs are given for both (mean / median). The test loss is that of the run tuned for the",
+        "mean. *LSTM lower* is the share of problems on which the LSTM ends below the baseline tuned for the median.",
     ]
     for setting in results.values():
         parts = setting["optimizers"]
         for horizon in setting["horizons"]:
-            judged = (
-                f"mean of steps {horizon - setting['window'] + 1} to {horizon}" if setting["window"] > 1 else "loss"
-            )
+            first = horizon - setting["window"] + 1
+            judged = f"loss at step {horizon}" if first == horizon else f"mean loss of steps {first} to {horizon}"
             lines += [
                 "",
                 f"## {setting['title']}: step {horizon}",
                 "",
                 f"{setting['problems']} problems, {judged}.",
                 "",
-                "| optimizer | learning rate (mean / median) | mean | median | diverged | test loss | LSTM lower |",
+                "| optimizer | learning rates | mean | median | diverged | mean test loss | LSTM lower |",
                 "|---|---|---|---|---|---|---|",
             ]
             lines += [row(name, parts, horizon) for name in NAMES if name in parts]
@@ -306,18 +290,17 @@ def table(results: dict[str, Any]) -> str:
 
 def row(name: str, parts: dict[str, Any], horizon: int) -> str:
     for_mean, for_median = (entry_of(parts[name], horizon, statistic) for statistic in STATISTICS)
-    by_mean, by_median = summarize(from_json(for_mean["values"])), summarize(from_json(for_median["values"]))
+    by_mean, by_median = (from_json(entry["values"]) for entry in (for_mean, for_median))
     rates = "untuned" if for_mean["lr"] is None else f"{for_mean['lr']:.3g} / {for_median['lr']:.3g}"
     if any(tuned["at_edge"] for tuned in parts[name].get("tuning", []) if tuned["horizon"] == horizon):
         rates += " (at the edge of the grid)"
-    diverged = f"{by_mean.diverged}" if for_mean is for_median else f"{by_mean.diverged} / {by_median.diverged}"
+    diverged = " / ".join(f"{np.isinf(values).sum()}" for values in (by_mean, by_median))
     test = "" if for_mean["test_values"] is None else f"{np.mean(from_json(for_mean['test_values'])):.3g}"
     lower = ""
     if name != "lstm" and "lstm" in parts:
-        lstm = entry_of(parts["lstm"], horizon, "median")
-        lower = f"{share_below(from_json(lstm['values']), from_json(for_median['values'])):.0%}"
-    cells = (NAMES[name], rates, interval(by_mean.mean), interval(by_median.median), diverged, test, lower)
-    return f"| {' | '.join(cells)} |"
+        lower = f"{share_below(from_json(entry_of(parts['lstm'], horizon, 'median')['values']), by_median):.0%}"
+    averages = interval(bootstrap(mean, by_mean)), interval(bootstrap(median, by_median))
+    return f"| {' | '.join((NAMES[name], rates, *averages, diverged, test, lower))} |"
 
 
 def interval(estimate: Estimate) -> str:

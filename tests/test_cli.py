@@ -15,6 +15,7 @@ import torch
 import learnedopt
 from learnedopt import cli, demo, zoo
 from learnedopt.cli import main
+from learnedopt.data import digits
 from learnedopt.rules import AdamLSTMConfig, AdamLSTMRule, LSTMConfig, LSTMRule
 from learnedopt.zoo import list_entries, load_rule, rule_fingerprint
 
@@ -38,7 +39,8 @@ RECIPE = Recipe(
     tasks="quadratics in 3 dimensions",
     rule=LSTMConfig(hidden_size=3),
     training=MetaTrainConfig(
-        updates={updates}, unroll_length=2, horizon=(4, 4), validate_every={validate_every}, validation_horizon=4, {more}
+        updates={updates}, unroll_length=2, horizon=(4, 4), validate_every={validate_every}, validation_horizon=4,
+        {more}
     ),
     family=lambda root: Family(dimension=3),
 )
@@ -121,7 +123,7 @@ def test_zoo_show_verifies_the_weights(own_zoo: Path, capsys: Captured) -> None:
     assert main(["zoo", "list"]) == 0
     assert capsys.readouterr().out == "default    About default.\nmnist-mlp  About mnist-mlp.\n"
     assert main(["zoo", "show", str(own_zoo / "default")]) == 0
-    assert "76 bytes per parameter" in capsys.readouterr().out.replace("44 bytes", "76 bytes")
+    assert "44 bytes per parameter" in capsys.readouterr().out
     weights = own_zoo / "default" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert main(["zoo", "show", "default"]) == 2
@@ -261,8 +263,8 @@ def test_the_demo_is_the_same_every_time_and_pairs_its_runs(own_zoo: Path) -> No
 
 
 def test_the_demo_survives_a_run_that_diverges(own_zoo: Path, elsewhere: Path) -> None:
-    run = demo.train(SMALL, network := demo.build_network("relu", (64, 4, 10), 0),
-                     torch.optim.SGD(network.parameters(), lr=1e30), demo.digits(), 0)  # fmt: skip
+    network = demo.build_network("relu", (64, 4, 10), seed=0)
+    run = demo.train(SMALL, network, torch.optim.SGD(network.parameters(), lr=1e30), digits(), seed=0)
     assert run.losses[-1] == float("inf")
     panel = demo.Panel("diverged", (demo.Row("SGD", (run,)),))
     assert "inf [inf, inf]" in demo.table(panel)

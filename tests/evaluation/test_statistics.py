@@ -19,7 +19,7 @@ def sample() -> np.ndarray:
 
 def test_intervals_agree_with_scipy(sample: np.ndarray) -> None:
     summary = summarize(sample)
-    for estimate, statistic in [(summary.mean, np.mean), (summary.median, np.median)]:
+    for estimate, statistic in ((summary.mean, np.mean), (summary.median, np.median)):
         theirs = scipy.stats.bootstrap((sample,), statistic, method="percentile", n_resamples=5000, rng=1)
         low, high = theirs.confidence_interval
         width = high - low

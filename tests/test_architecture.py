@@ -1,0 +1,89 @@
+"""The rooms of the package import one way only."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import learnedopt
+
+PACKAGE = Path(learnedopt.__file__).parent
+ROOMS = ("rules", "kernels", "zoo", "optim", "data", "tasks", "meta", "fewshot", "evaluation", "demo", "cli")
+"""Each may import from those before it."""
+DOORS = {"__init__": "optim", "__main__": "cli"}
+"""Files that belong to no room, and the last room they may import from."""
+
+
+def modules() -> list[Path]:
+    return sorted(path.relative_to(PACKAGE) for path in PACKAGE.glob("**/*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def imported_rooms(source: str) -> Iterator[str]:
+    """The rooms that import statements name, also those inside functions; ``__init__`` for the package itself."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+            # ``from learnedopt import zoo`` names the room last; any other such name is the package's own.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for parts in (name.split(".") for name in names):
+            if parts[0] == "learnedopt":
+                yield parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__"
+
+
+def violations(path: Path, source: str) -> list[str]:
+    room = room_of(path)
+    limit = ROOMS.index(DOORS.get(room, room))
+    allowed = {room, *ROOMS[: limit + (room in DOORS)]}
+    if ROOMS[limit] == "cli":
+        allowed.add("__init__")
+    return [found for found in imported_rooms(source) if found not in allowed]
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_a_room_imports_only_from_rooms_before_it(path: Path) -> None:
+    assert room_of(path) in (*ROOMS, *DOORS), f"{path} is in no room: give it a place in ROOMS and in the documents"
+    assert violations(path, (PACKAGE / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "found"),
+    [
+        ("rules/new.py", "import torch\nfrom learnedopt.rules.base import State", []),
+        ("rules/new.py", "from learnedopt.zoo import load_rule", ["zoo"]),
+        ("optim/new.py", "def f():\n    import learnedopt.tasks.mlp", ["tasks"]),
+        ("optim/new.py", "from learnedopt import LearnedOptimizer, zoo", ["__init__"]),
+        ("meta/new.py", "from learnedopt import evaluation, tasks, zoo", ["evaluation"]),
+        ("cli.py", "from learnedopt import __version__, demo", []),
+        ("__init__.py", "from learnedopt.optim import LearnedOptimizer\nfrom learnedopt.data import digits", ["data"]),
+    ],
+)
+def test_imports_the_wrong_way_are_noticed(path: str, source: str, found: list[str]) -> None:
+    assert violations(Path(path), source) == found
+
+
+def test_the_document_names_every_room_that_there_is() -> None:
+    document = PACKAGE.parent / "docs" / "architecture.md"
+    text = document.read_text()
+    rooms = {room_of(path) for path in modules()} - DOORS.keys()
+    assert {room for room in rooms if f"`learnedopt/{room}" not in text} == set()
+
+
+def test_the_walks_go_through_names_that_exist() -> None:
+    """Every dotted name of the document that begins with ``learnedopt.`` can be found."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    names = sorted({word for word in text.split("`")[1::2] if word.startswith("learnedopt.")})
+    assert len(names) > 10
+    for name in names:
+        pkgutil.resolve_name(name)
