@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from learnedopt import __version__, zoo
 from learnedopt.demo import Demo, compare, plot, table
 from learnedopt.meta import MetaTrainingError, MetaTrainingRun, load_recipe
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE", help="a Python file, or a name in meta_training/")
     train.add_argument("--out", type=Path, metavar="FOLDER", help="checkpoint and log (runs/ and the recipe's name)")
     train.add_argument("--root", type=Path, metavar="DIR", help="folder of downloaded data, for recipes that need some")
+    train.add_argument("--device", default="cpu", help="where to train, e.g. cuda (%(default)s)")
     train.add_argument(
         "--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="stop after the update that passes it"
     )
@@ -115,7 +118,11 @@ def _settings(values: Any) -> str:
 def _meta_train(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe)
     folder = arguments.out or Path("runs") / recipe.name
-    run = MetaTrainingRun(recipe, folder, arguments.root)
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        raise ValueError(f"cannot train on device {arguments.device!r}: {error}") from error
+    run = MetaTrainingRun(recipe, folder, arguments.root, arguments.device)
     print(f"{recipe.name}: update {run.trainer.update} of {recipe.training.updates}, in {folder}", flush=True)
     with _polite_signals() as received, closing(run.run(arguments.time_limit)) as records:
         for _ in _progress(records, run):
@@ -125,6 +132,8 @@ def _meta_train(arguments: argparse.Namespace) -> int:
         again = ["learnedopt", "meta-train", arguments.recipe, "--out", str(folder)]
         if arguments.root is not None:
             again += ["--root", str(arguments.root)]
+        if arguments.device != "cpu":
+            again += ["--device", arguments.device]
         print(f"stopped at update {run.trainer.update}, all of it saved; continue with: {shlex.join(again)}")
     if received:
         return 128 + received[0]

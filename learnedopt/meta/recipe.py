@@ -80,15 +80,22 @@ class MetaTrainingRun:
         recipe: What to run.
         folder: Where; created if need be.
         root: Folder of downloaded data, passed to the recipe.
+        device: Where to train. A run may move: a checkpoint made on one device continues on another.
 
     Raises:
         ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read.
     """
 
-    def __init__(self, recipe: Recipe, folder: str | os.PathLike[str], root: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: str | os.PathLike[str],
+        root: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.recipe = recipe
         self.folder = Path(folder)
-        self.trainer = MetaTrainer(recipe.rule, recipe.family(root), recipe.training)
+        self.trainer = MetaTrainer(recipe.rule, recipe.family(root), recipe.training, device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checkpoint = self.folder / "checkpoint.pt"
         self.commit = source_commit()
@@ -166,7 +173,7 @@ class MetaTrainingRun:
                 "best_update": trainer.best_update,
                 "best_validation": trainer.best_score,
                 "seconds": round(trainer.seconds),
-                "hardware": f"{torch.get_num_threads()} CPU thread(s), {platform.machine()}",
+                "hardware": _hardware(next(trainer.rule.parameters()).device),
                 "torch": str(torch.__version__),
             },
         )
@@ -174,7 +181,7 @@ class MetaTrainingRun:
     def _resume(self) -> None:
         data = io.BytesIO(self._checkpoint.read_bytes())
         try:
-            saved = torch.load(data, weights_only=True)
+            saved = torch.load(data, map_location="cpu", weights_only=True)
             trainer, commit = saved["trainer"], saved["commit"]
         except Exception as error:  # which one depends on where the damage is
             raise ValueError(
@@ -198,6 +205,12 @@ class MetaTrainingRun:
             # which a killed process may have left unfinished, is not read.
             lines = log.read_text().splitlines()[: self.trainer.update]
             log.write_text("".join(line + "\n" for line in lines))
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU thread(s), {platform.machine()}"
 
 
 def source_commit() -> str:

@@ -97,6 +97,7 @@ class MetaTrainer:
         rule: Configuration of the rule to train.
         family: Where tasks are drawn from.
         config: How to train.
+        device: Where rule and optimizees live. Tasks and batches are drawn on the CPU and follow.
 
     >>> from learnedopt.rules import LSTMConfig
     >>> from learnedopt.tasks import Quadratics
@@ -106,12 +107,14 @@ class MetaTrainer:
     [1, 2]
     """
 
-    def __init__(self, rule: RuleConfig, family: TaskFamily, config: MetaTrainConfig) -> None:
+    def __init__(
+        self, rule: RuleConfig, family: TaskFamily, config: MetaTrainConfig, device: torch.device | str = "cpu"
+    ) -> None:
         self.config = config
         self.family = family
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            self.rule = build_rule(rule)
+            self.rule = build_rule(rule).to(device)
         self.outer = torch.optim.Adam(self.rule.parameters(), lr=config.learning_rate)
         self.generator = Generator().manual_seed(config.seed)
         self.update = 0
@@ -231,8 +234,10 @@ class MetaTrainer:
                     f"the checkpoint has an episode of shape {tuple(saved['theta'].shape)} where the family now draws "
                     f"{task!r}, of shape {tuple(template.theta.shape)}: the tasks have changed, start anew"
                 )
-            tensors = {name: saved[name] for name in ("theta", "loss", "grad", "initial_loss")}
-            episode = Episode(template.flat, state=saved["state"], step=saved["step"], **tensors)
+            device = template.theta.device
+            tensors = {name: saved[name].to(device) for name in ("theta", "loss", "grad", "initial_loss")}
+            memory = {name: value.to(device) for name, value in saved["state"].items()}
+            episode = Episode(template.flat, state=memory, step=saved["step"], **tensors)
             self._slots.append(_Slot(saved["drawn_from"], saved["horizon"], episode))
         self.generator.set_state(state["generator"])
 
@@ -309,4 +314,4 @@ class MetaTrainer:
         return patience is not None and self.update - self.best_update >= patience * self.config.validate_every
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.rule.state_dict().items()}
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.rule.state_dict().items()}

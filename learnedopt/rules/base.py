@@ -47,6 +47,7 @@ class Segments:
 
     def __init__(self, sizes: Sequence[int], copies: int = 1) -> None:
         self.sizes = tuple(sizes)
+        self.counts = self.sizes  # what a mean divides by; larger where this is but a shard of the tensors
         self.copies = copies
         if copies < 1 or any(size < 0 for size in self.sizes):
             raise ValueError(f"copies must be at least 1 and no size negative, got {copies} and {self.sizes}")
@@ -60,7 +61,7 @@ class Segments:
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over each tensor: ``(..., N) -> (..., S)``; zero for an empty tensor."""
-        counts = x.new_tensor([max(size, 1) for size in self.sizes] * self.copies)
+        counts = x.new_tensor([max(count, 1) for count in self.counts] * self.copies)
         return self.sum(x) / counts
 
     def expand(self, y: Tensor) -> Tensor:
