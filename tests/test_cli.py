@@ -202,7 +202,7 @@ def test_mistakes_are_one_line_without_a_traceback(elsewhere: Path, capsys: Capt
     capsys.readouterr()
     for arguments, message in (
         (["zoo", "show", "nothing"], "the zoo has no entry 'nothing'"),
-        (["meta-train", "quadratic", "--device", "nowhere"], "cannot train on device 'nowhere'"),
+        (["meta-train", recipe, "--device", "nowhere"], "cannot train on device 'nowhere'"),
         (["meta-train", "nothing"], "no recipe 'nothing': meta_training/nothing.py does not exist"),
         (["meta-train", "empty.py"], "empty.py must define RECIPE"),
         (["meta-train", "needs.py"], "No module named 'no_such_module'"),
