@@ -12,7 +12,8 @@ the optimizer line differs. For each task:
   reach the loss that the learned optimizer ends at, over the steps it took. Adam runs for twice as long, so 2 means
   "2 or more".
 
-A run whose loss is not finite at any step counts as infinite.
+A run whose loss is not finite at any step counts as infinite. Results are saved after each task, and what is there for
+the same rule and number of steps is not run again; delete the file to start afresh.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -336,21 +336,26 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         torch.set_num_threads(1)
-        report: dict[str, object] = {
-            "command": "python " + " ".join(sys.argv),
+        report: dict[str, Any] = {
+            "command": "python benchmarks/default_rule.py",
             "commit": source_commit(),
             "torch": str(torch.__version__),
             "machine": f"1 CPU thread, {platform.machine()}",
             "steps": args.steps,
             "rule": LearnedOptimizer([torch.zeros(1)]).param_groups[0]["rule_sha256"],
+            "results": {},
         }
-        results = {}
-        with tqdm(total=len(args.tasks) * (2 * len(GRID) + 4), file=sys.stderr) as bar:
-            for name in args.tasks:
+        if args.out.exists():
+            before = json.loads(args.out.read_text())
+            if all(before[key] == report[key] for key in ("steps", "rule")):
+                report["results"] = before["results"]
+        missing = [name for name in args.tasks if name not in report["results"]]
+        with tqdm(total=len(missing) * (2 * len(GRID) + 4), mininterval=5) as bar:
+            for name in missing:
                 bar.set_description(name)
-                results[name] = judge(WORKLOADS[name], args.steps, bar.update)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
+                report["results"][name] = judge(WORKLOADS[name], args.steps, bar.update)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
     print("\n".join(table(json.loads(args.out.read_text())["results"])))
 
 
