@@ -13,7 +13,7 @@ over the steps T-9 to T to take out noise of the minibatches; beside it stands t
 the last step. A diverged run counts as an infinite loss. Intervals are 95 % bootstrap intervals over problems.
 
 Results are saved after each optimizer. What is there and was made with the same settings is not run again, so that the
-whole may be run in pieces; delete the JSON file to start afresh.
+whole may be run in pieces, and different settings at the same time; delete the JSON file to start afresh.
 """
 
 from __future__ import annotations
@@ -358,18 +358,22 @@ def benchmark(chosen: dict[str, Setting], out: Path, command: str = "") -> None:
     """Run what is missing in ``out``'s JSON file, and write all three files."""
     raw = out.with_suffix(".json")
     raw.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
+
+    def read() -> dict[str, Any]:
+        return json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
+
     for name, setting in chosen.items():
 
         def save(done: dict[str, Any], name: str = name) -> None:
-            results[name] = done
-            written = raw.with_suffix(".json.tmp")
+            # Read again: another process may be at work on other settings.
+            results = read() | {name: done}
+            written = raw.with_suffix(f".{name}.tmp")
             written.write_text(json.dumps(results, allow_nan=False), encoding="utf-8")
             written.replace(raw)
 
-        run_setting(setting, results.get(name, {}), save, command)
+        run_setting(setting, read().get(name, {}), save, command)
     # From the file and not from memory, so that --table gives the same.
-    render(json.loads(raw.read_text(encoding="utf-8")), out)
+    render(read(), out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
