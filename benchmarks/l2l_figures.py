@@ -104,7 +104,7 @@ def settings(names: Sequence[str], load_mnist: Callable[[], ImageData], problems
         images, labels = data.test
         return Setting(
             title=f"MNIST, {title}",
-            family=MLPClassification(data, hidden_sizes=(hidden,), activations=(activation,)),
+            family=MLPClassification(data, (hidden,), (activation,), initial_std=None),
             rule="mnist-mlp",
             horizons=(100, 200),
             window=10,

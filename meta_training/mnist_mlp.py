@@ -2,10 +2,17 @@
 
 To make it: ``learnedopt meta-train mnist-mlp --root DATA --out runs/mnist-mlp --export zoo``
 
-As in the paper: 784-20-10 sigmoid network, batches of 128, windows of 20, gradients as constants, preprocessing with
-p = 10, output scale 0.1. Initial parameters as in the authors' code, all normal with standard deviation 0.01. Unlike
-the paper, episodes are 100 to 200 steps long, not 100, and the meta-loss is the mean of the losses' logarithms: with the
-mean of the losses themselves, the first steps drown the last and the loss at step 150 stays above 0.4. DATA holds MNIST where torchvision keeps it, in MNIST/raw.
+As in the paper: 784-20-10 sigmoid network, batches of 128, windows of 20, preprocessing with p = 10, output scale 0.1.
+Unlike the paper:
+
+* Episodes are 100 to 200 steps long, not 100, since the paper looks at 200 too.
+* The meta-loss is the mean of the losses' logarithms. With the mean of the losses, the first steps drown the last.
+* Meta-gradients are of second order. After 100 updates they lead to a loss of 0.33 at step 100, first-order ones to 0.43.
+* Weights start normal with variance 1 / fan-in, biases at zero; the paper does not say how. Its authors' code starts
+  all parameters with standard deviation 0.01, on a plateau where gradients grow with the weights: training on it with
+  gradients as constants ended behind tuned NAG (0.36 against 0.35 at step 100), with second order it was not stable.
+
+DATA holds MNIST where torchvision keeps it, in MNIST/raw.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ from learnedopt.tasks import MLPClassification, TaskFamily
 def family(root: Path | None) -> TaskFamily:
     if root is None:
         raise ValueError("this recipe trains on MNIST: say where it is with --root DIR")
-    return MLPClassification(mnist(root))
+    return MLPClassification(mnist(root), initial_std=None)
 
 
 RECIPE = Recipe(
@@ -30,18 +37,19 @@ RECIPE = Recipe(
     tasks="cross entropy of a 784-20-10 sigmoid MLP on MNIST training images, batches of 128",
     rule=LSTMConfig(preprocessing="log_sign", preprocessing_p=10.0, output_scale=0.1),
     training=MetaTrainConfig(
-        updates=2_000,
+        updates=1_500,
         unroll_length=20,
         horizon=(100, 200),
         pool=7,
         copies=1,
         objective="log_ratio",
-        learning_rate=3e-3,
-        final_learning_rate=1e-4,
+        second_order=True,
+        learning_rate=2e-3,
+        final_learning_rate=5e-5,
         clip_norm=0.3,
         validate_every=100,
         validation_copies=6,
-        validation_horizon=150,
+        validation_horizon=200,
     ),
     family=family,
     checkpoint_every=20,
