@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from learnedopt.optim.optimizer import LearnedOptimizer
+from learnedopt.optim.sharding import copy_beside
 from learnedopt.rules import LSTMRule, MetaLSTMRule
 
 
@@ -82,4 +83,4 @@ class MetaLSTMOptimizer(LearnedOptimizer):
                 )
             pairs += zip(params, initial)
         for param, value in pairs:
-            param.copy_(value)
+            param.copy_(copy_beside(param, value, param.dtype))

@@ -14,7 +14,17 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from learnedopt.optim.blocks import update_in_blocks
 from learnedopt.optim.registry import RuleLike, RuleRegistry
-from learnedopt.optim.sharding import Spread, align, anywhere, copy_beside, local, mean_over, spread, whole, zeros_beside
+from learnedopt.optim.sharding import (
+    Spread,
+    align,
+    anywhere,
+    copy_beside,
+    local,
+    mean_over,
+    spread,
+    whole,
+    zeros_beside,
+)
 from learnedopt.rules import State, UpdateRule
 
 Loss = Tensor | float
@@ -42,6 +52,11 @@ class LearnedOptimizer(Optimizer):
     ``nonfinite`` says otherwise: ``"skip"`` leaves parameters and state as they were, without waiting for the device;
     ``"raise"`` waits for it at every step, to stop before anything changes. Both look at all gradients of the groups
     that set them, and at the loss where a rule reads it: one bad value skips the step of all these groups.
+
+    Parameters may be sharded or replicated over processes as DTensors, by FSDP2 (``fully_shard``) or tensor
+    parallelism: state is sharded with them, and what a rule asks about a whole tensor is summed over its shards, so
+    results are those of one process up to rounding. FSDP1 hides how its flat parameters are cut and is not supported
+    for rules that look at whole tensors.
 
     ``step`` is not differentiable. To train a rule, or to learn through its updates, call the rule
     (:meth:`~learnedopt.rules.UpdateRule.update`), which is a pure function with gradients of every order.
@@ -127,6 +142,10 @@ class LearnedOptimizer(Optimizer):
         wait for the device. At ``lr=0`` it may be missing: then state is created and nothing else happens, which is
         how a distributed checkpoint prepares an optimizer for what it loads.
 
+        Where processes train together, each has the loss of its own batch. For DTensors it is averaged here over
+        their mesh. For plain parameters it is taken as given: under ``DistributedDataParallel`` average it first
+        (``torch.distributed.all_reduce``), or the replicas will drift apart.
+
         Args:
             closure: Clears the gradients, computes the loss, calls ``backward`` and returns the loss.
             loss: The training loss, one element.
@@ -135,8 +154,9 @@ class LearnedOptimizer(Optimizer):
             What ``closure`` returned, ``None`` without one.
 
         Raises:
-            RuntimeError: a gradient is sparse; a parameter is expanded, its elements sharing memory; a rule needs the loss and none was given; or a gradient, or a loss that
-                a rule reads, is not finite in a group of ``nonfinite="raise"``.
+            RuntimeError: a gradient is sparse; a parameter is expanded, its elements sharing memory; a rule needs the
+                loss and none was given; or, in a group of ``nonfinite="raise"``, a gradient or a loss that the rule
+                reads is not finite.
             ValueError: a rule needs the loss and it has more than one element.
             Exception: whatever ``closure`` raises. In each of these cases no parameter or state has changed.
         """
@@ -378,7 +398,7 @@ def _param_names(group: dict[str, Any]) -> list[str]:
 
 def _nonfinite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether each tensor holds a value that is infinite or NaN: ``(len(tensors),)``, on one device."""
-    flags = [whole(tensor.isfinite().all()).logical_not() for tensor in tensors]
+    flags = [local(tensor).isfinite().all().logical_not() for tensor in tensors]
     device = next((flag.device for flag in flags if flag.device.type != "cpu"), torch.device("cpu"))
     return anywhere(torch.stack([_sent(flag, device) for flag in flags]), tensors)
 

@@ -71,6 +71,18 @@ def trained(rule: Rule, seed: int = 0, scale: float = 0.5) -> Rule:
     return rule
 
 
+def descending_lstm() -> LSTMRule:
+    """An LSTM that goes downhill: its cell is ``tanh`` of the gradient, and the read-out's weight is negative."""
+    rule = LSTMRule(LSTMConfig(hidden_size=1, num_layers=1, preprocessing="identity", output_scale=0.01))
+    with torch.no_grad():
+        for weight in rule.parameters():
+            weight.zero_()
+        rule.lstm.biases[0].copy_(torch.tensor([10.0, -10.0, 0.0, 10.0]))
+        rule.lstm.input_weights[0][2] = 1.0
+        rule.readout.weight.fill_(-1.0)
+    return rule
+
+
 @dataclass(frozen=True)
 class Case:
     optimizer: type[LearnedOptimizer]

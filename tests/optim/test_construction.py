@@ -197,6 +197,29 @@ def test_named_parameters_generators_and_empty_groups(case: Case) -> None:
 
 
 @each_case
+def test_parameters_must_be_ordered_distinct_and_all_named_or_none(case: Case) -> None:
+    one, two = (torch.ones(2, requires_grad=True) for _ in range(2))
+    with pytest.warns(FutureWarning, match="ordered collections"):
+        case.optimizer({one, two}, case.rule())
+    with pytest.raises(TypeError, match="iterable of Tensors or dicts"):
+        case.optimizer(one, case.rule())
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        case.optimizer([{"params": one}, {"params": one}], case.rule())
+    with pytest.raises(ValueError, match="with/without names"):
+        case.optimizer([("one", one), two], case.rule())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        case.build([one * 2])
+
+
+@each_case
+def test_a_group_added_later_has_every_option(case: Case) -> None:
+    optimizer = case.build([torch.ones(2, requires_grad=True)], lr=0.5, weight_decay=0.1, maximize=True)
+    optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)], "lr": 0.25})
+    first, second = optimizer.param_groups
+    assert {**second, "params": None} == {**first, "params": None, "lr": 0.25}
+
+
+@each_case
 def test_printing_names_the_rule_and_not_its_weights(case: Case) -> None:
     optimizer = case.build([torch.ones(2, requires_grad=True)])
     assert f"rule: {case.rule().config.kind}" in repr(optimizer)

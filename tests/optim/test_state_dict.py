@@ -21,7 +21,6 @@ from tests.optim.reference import (
     DTYPES,
     LAYOUTS,
     Case,
-    TraceRule,
     draw_grads,
     draw_params,
     same_bits,
@@ -65,6 +64,7 @@ def test_resumed_training_is_the_same_to_the_last_bit(case: Case, seed: int, dty
     resumed = case.build(params)
     resumed.load_state_dict(saved)
     assert resumed.param_groups[0]["lr"] == 0.5
+    assert same_bits(snapshot(resumed), snapshot(optimizer))
     twin = torch.Generator()
     twin.set_state(generator.get_state())
     assert same_bits(go_on(resumed, twin, 3), go_on(optimizer, generator, 3))
@@ -96,6 +96,7 @@ def test_the_state_dict_holds_tensors_and_plain_values_only() -> None:
             "lr": float,
             "weight_decay": float,
             "maximize": bool,
+            "nonfinite": str,
             "rule": str,
             "rule_sha256": str,
         }
@@ -166,13 +167,52 @@ def test_groups_that_do_not_match_are_refused() -> None:
         two.load_state_dict({"state": {}, "param_groups": two.state_dict()["param_groups"] * 2})
 
 
-def test_a_checkpoint_without_newer_options_loads() -> None:
+@each_case
+def test_state_of_other_shapes_is_refused_by_name(case: Case) -> None:
+    net, turned = (nn.Linear(*sizes, bias=False) for sizes in ((3, 2), (2, 3)))
+    optimizer, other = (case.optimizer(x.named_parameters(), case.rule()) for x in (net, turned))
+    for model, sizes in ((net, 3), (turned, 2)):
+        model(torch.ones(sizes)).sum().backward()
+    for each in (optimizer, other):
+        each.step(loss=1.0)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"^weight has shape \(2, 3\).*load has .* 3, 2\).* in the same order"):
+        optimizer.load_state_dict(other.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0].popitem()
+    with pytest.raises(ValueError, match="weight has shape"):
+        optimizer.load_state_dict(saved)
+    assert same_bits(snapshot(optimizer), before)
+
+
+def test_a_checkpoint_without_newer_options_loads_and_leaves_them_as_constructed() -> None:
     optimizer, generator = started(CASES["trace"])
     saved = optimizer.state_dict()
-    del saved["param_groups"][0]["maximize"]
+    newer = ("maximize", "nonfinite")
+    for key in newer:
+        del saved["param_groups"][0][key]
     optimizer.load_state_dict(saved)
     go_on(optimizer, generator, 1)
-    assert optimizer.param_groups[0]["maximize"] is False
+    assert [optimizer.param_groups[0][key] for key in newer] == [False, "propagate"]
+    params = [param.detach().clone().requires_grad_() for param in optimizer.param_groups[0]["params"]]
+    asked = CASES["trace"].build(params, nonfinite="skip")
+    asked.load_state_dict(saved)
+    assert asked.param_groups[0]["nonfinite"] == "skip"
+
+
+def test_an_optimizer_pickled_before_newer_options_unpickles() -> None:
+    optimizer, generator = started(CASES["trace"])
+    state = copy.deepcopy(optimizer.__getstate__())
+    for options in (state["defaults"], *state["param_groups"]):
+        for key in ("maximize", "nonfinite"):
+            del options[key]
+    old = LearnedOptimizer.__new__(LearnedOptimizer)
+    old.__setstate__(state)
+    other = torch.Generator()
+    other.set_state(generator.get_state())
+    assert same_bits(go_on(old, other, 1), go_on(optimizer, generator, 1))
+    old.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+    assert [group["nonfinite"] for group in old.param_groups] == ["propagate"] * 2
 
 
 def test_hooks_of_the_user_see_and_change_what_is_loaded() -> None:
@@ -192,17 +232,18 @@ def test_hooks_of_the_user_see_and_change_what_is_loaded() -> None:
     assert torch.equal(seen[0], torch.zeros_like(param))
 
 
+@each_case
 @pytest.mark.parametrize("flatten", [False, True])
-def test_a_distributed_checkpoint_keeps_everything(flatten: bool) -> None:
+def test_a_distributed_checkpoint_keeps_everything(case: Case, flatten: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
 
     def build() -> tuple[nn.Module, LearnedOptimizer]:
         net = nn.Linear(3, 2, dtype=torch.bfloat16)
-        return net, LearnedOptimizer(net.parameters(), TraceRule())
+        return net, case.optimizer(net.parameters(), case.rule())
 
     net, optimizer = build()
     net(torch.ones(3, dtype=torch.bfloat16)).sum().backward()
-    optimizer.step()
+    optimizer.step(loss=1.0)
     saved = get_optimizer_state_dict(net, optimizer, options=options)
     other_net, other = build()
     other_net.load_state_dict(net.state_dict())

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from learnedopt import LearnedOptimizer, LSTMOptimizer
+from learnedopt import LearnedOptimizer
 from learnedopt.optim import blocks
 from learnedopt.rules import LSTMConfig, LSTMRule, Segments
 from tests.optim.reference import (
@@ -213,6 +213,46 @@ def test_sparse_gradients_are_refused_before_anything_changes(case: Case) -> Non
     with pytest.raises(RuntimeError, match=f"{case.optimizer.__name__} does not support sparse gradients"):
         optimizer.step(loss=1.0)
     assert same_bits(snapshot(optimizer), before)
+
+
+@each_case
+def test_expanded_parameters_are_refused_before_anything_changes(case: Case) -> None:
+    params = [*draw_params(generator(), ["vector"]), nn.Parameter(torch.ones(1).expand(3))]
+    draw_grads(generator(), params)
+    optimizer = case.build(params)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"cannot update an expanded parameter, here of shape \(3,\).*clone\(\)"):
+        optimizer.step(loss=1.0)
+    assert same_bits(snapshot(optimizer), before)
+    params[1].grad = None
+    optimizer.step(loss=1.0)
+
+
+@each_case
+def test_tied_weights_are_one_parameter(case: Case) -> None:
+    first, second = (nn.Linear(4, 4, bias=False) for _ in range(2))
+    second.weight = first.weight
+    net = nn.Sequential(first, second)
+    net(torch.randn(2, 4, generator=generator())).square().sum().backward()
+    alone = first.weight.detach().clone().requires_grad_()
+    alone.grad = first.weight.grad
+    case.optimizer(net.parameters(), case.rule()).step(loss=1.0)
+    case.build([alone]).step(loss=1.0)
+    assert torch.equal(second.weight, alone)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_does_not_reach_into_the_step(case: Case, dtype: torch.dtype) -> None:
+    results = []
+    for enabled in (False, True):
+        params = draw_params(generator(), ["vector", "matrix"])
+        draw_grads(generator(), params)
+        optimizer = case.build(params)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            optimizer.step(loss=1.0)
+        results.append(snapshot(optimizer))
+    assert same_bits(*results)
 
 
 # Learning rate and weight decay ------------------------------------------------------------------------------------
@@ -421,82 +461,29 @@ def test_a_missing_loss_is_an_error_only_where_the_rule_reads_it(case: Case) -> 
     assert same_bits(snapshot(optimizer), before)
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_at_lr_zero_a_missing_loss_only_prepares_the_state(as_tensor: bool) -> None:
+    params = draw_params(generator(), ["vector"])
+    draw_grads(generator(), params)
+    optimizer = CASES["meta-lstm"].build(params, lr=torch.tensor(0.0) if as_tensor else 0.0)
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(params[0], before)
+    assert optimizer.state[params[0]].keys() == CASES["meta-lstm"].rule().state_spec().keys()
+    assert not any(entry.any() for entry in optimizer.state[params[0]].values())
+
+
 @each_case
-def test_nothing_waits_for_the_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_nothing_waits_for_the_device(case: Case, nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Meta tensors have no values: whatever reads one back to the host raises.
     monkeypatch.setattr(blocks, "BLOCK", 16)
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((), (3, 4), (5, 7), (0,))]
     lr = torch.ones((), device="meta")
-    optimizer = case.build(params)
+    optimizer = case.build(params, nonfinite=nonfinite)
     optimizer.param_groups[0]["lr"] = lr
     for _ in range(2):
         for param in params:
             param.grad = torch.empty_like(param)
         optimizer.step(loss=torch.empty((), device="meta"))
     assert {entry.device.type for param in params for entry in optimizer.state[param].values()} == {"meta"}
-
-
-# Around the step ---------------------------------------------------------------------------------------------------
-
-
-@each_case
-def test_step_hooks_fire_once(case: Case) -> None:
-    LearnedOptimizer(draw_params(generator(), ["vector"]), TraceRule())  # torch wraps step when a class is first used
-    params = draw_params(generator(), ["vector"])
-    draw_grads(generator(), params)
-    optimizer = case.build(params)
-    calls: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
-    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
-    optimizer.step(loss=1.0)
-    assert calls == ["before", "after"]
-
-
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = {
-    "StepLR": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1),
-    "CosineAnnealingLR": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4),
-    "LambdaLR": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 / (t + 1)),
-    "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, total_steps=8, cycle_momentum=False
-    ),
-}
-
-
-@each_case
-@pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS.keys())
-def test_schedulers_set_the_lr_of_the_next_step(
-    case: Case,
-    as_tensor: bool,
-    scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
-) -> None:
-    g = generator()
-    params = draw_params(g, ["vector"])
-    reference = ReferenceLoop(case.rule(), params)
-    optimizer = case.build(params, lr=torch.tensor(1.0) if as_tensor else 1.0)
-    schedule = scheduler(optimizer)
-    rates = []
-    for _ in range(5):
-        draw_grads(g, params)
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-        reference.step([param.grad for param in params if param.grad is not None], 1.0, rates[-1])
-        optimizer.step(loss=1.0)
-        schedule.step()
-    assert len(set(rates)) > 1
-    torch.testing.assert_close(params[0].detach(), reference.params[0])
-
-
-def test_a_skipped_step_of_gradient_scaling_moves_nothing() -> None:
-    (param,) = params = draw_params(generator(), ["vector"])
-    optimizer = LSTMOptimizer(params, trained(LSTMRule(LSTMConfig(hidden_size=4))))
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    before = param.detach().clone()
-    scaler.scale(param.sum() * math.inf).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert torch.equal(param, before) and not optimizer.state
-    optimizer.zero_grad()
-    scaler.scale(param.sum()).backward()
-    scaler.step(optimizer)
-    torch.testing.assert_close(param.grad, torch.ones(7))
-    assert not torch.equal(param, before)
