@@ -78,6 +78,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         f"{len(demo.tuning_seeds)} other seeds. This takes about a minute.\n",
         flush=True,
     )
+    # Networks this small gain nothing from a second thread, and lose much where another program runs.
+    torch.set_num_threads(1)
     panels = []
     for activation, widths in demo.networks:
         panels.append(compare(demo, activation, widths))
