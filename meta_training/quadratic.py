@@ -3,8 +3,8 @@
 To make it: ``learnedopt meta-train quadratic --out runs/quadratic --export zoo``
 
 As in the paper: Gaussian W and y, 10 dimensions, 128 problems at a time, episodes of 100 steps, windows of 20,
-no pre- or postprocessing. Unlike it, meta-gradients are of second order: they cost little more here, and 800 updates
-reach a validation loss that 2,400 of first order do not.
+no pre- or postprocessing. Unlike it, meta-gradients are of second order, which learn in fewer updates and cost little
+more.
 """
 
 from __future__ import annotations
