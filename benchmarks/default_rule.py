@@ -1,6 +1,6 @@
-"""The default optimizer, untuned, beside Adam on kinds of network it was never trained on.
+"""The default optimizer, untuned, beside Adam on networks unlike those of its training.
 
-    python benchmarks/default_rule.py --out benchmarks/results/default_rule.json
+    python benchmarks/default_rule.py --steps 500
 
 Twelve small ``torch.nn`` models and their data, none of which needs a download. The loop is the one a user writes; only
 the optimizer line differs. For each task:
@@ -45,7 +45,7 @@ Batches = Callable[[Generator], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, its batches, and its loss; ``distance`` says what about it was never trained on."""
+    """A model, its batches, and its loss; ``distance`` says what about it is new."""
 
     distance: str
     model: Callable[[], nn.Module]
@@ -310,7 +310,7 @@ def interquartile_mean(values: list[float]) -> float:
 
 def table(results: dict[str, Any]) -> Iterator[str]:
     names = ["learned", "adam default", "adam tuned", "adamw+cosine tuned"]
-    yield "| task | never trained on | " + " | ".join(names) + " | speed-up |"
+    yield "| task | what is new | " + " | ".join(names) + " | speed-up |"
     yield "|---|---|" + "--:|" * (len(names) + 1)
     means = {task: {name: float(np.mean(result["final"][name])) for name in names} for task, result in results.items()}
     for task, result in results.items():
