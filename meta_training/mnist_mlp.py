@@ -20,7 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from learnedopt.data import mnist
-from learnedopt.meta import MetaTrainConfig, Recipe
+from learnedopt.meta import MetaTrainConfig, Recipe, TruncatedBPTT
 from learnedopt.rules import LSTMConfig
 from learnedopt.tasks import MLPClassification, TaskFamily
 
@@ -43,7 +43,7 @@ RECIPE = Recipe(
         pool=7,
         copies=1,
         objective="log_ratio",
-        second_order=True,
+        estimator=TruncatedBPTT(second_order=True),
         learning_rate=2e-3,
         final_learning_rate=5e-5,
         clip_norm=0.3,

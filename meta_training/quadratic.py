@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from learnedopt.meta import MetaTrainConfig, Recipe
+from learnedopt.meta import MetaTrainConfig, Recipe, TruncatedBPTT
 from learnedopt.rules import LSTMConfig
 from learnedopt.tasks import Quadratics, TaskFamily
 
@@ -31,7 +31,7 @@ RECIPE = Recipe(
         horizon=(100, 100),
         pool=5,
         copies=128,
-        second_order=True,
+        estimator=TruncatedBPTT(second_order=True),
         learning_rate=5e-3,
         final_learning_rate=1e-4,
         clip_norm=1.0,

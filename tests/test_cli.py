@@ -134,7 +134,7 @@ def test_meta_training_runs_to_the_end_and_exports(elsewhere: Path, capsys: Capt
     assert main(["meta-train", write_recipe(elsewhere), "--export", "zoo"]) == 0
     output = capsys.readouterr().out
     assert "tiny: update 0 of 6, in runs/tiny" in output
-    assert re.search(r"update 3  meta-loss \S+  \S+ updates/s  \d+ min left  validation \S+", output)
+    assert re.search(r"update 3  meta-loss \S+  \S+ updates/s  \d+ inner steps/s  \d+ min left  validation \S+", output)
     assert "exported to zoo/tiny" in output
     assert load_rule("zoo/tiny").config == LSTMConfig(hidden_size=3)
     assert {path.name for path in (elsewhere / "runs/tiny").iterdir()} == {"checkpoint.pt", "config.json", "log.jsonl"}

@@ -1,20 +1,46 @@
 """How rules are learned."""
 
-from learnedopt.meta.objectives import OBJECTIVES
-from learnedopt.meta.recipe import MetaTrainingRun, Recipe, load_recipe
-from learnedopt.meta.trainer import MetaTrainConfig, MetaTrainer, MetaTrainingError
+from learnedopt.meta.config import ESTIMATORS, TEACHERS, MetaTrainConfig
+from learnedopt.meta.estimators import Estimate, Estimator, FullBPTT, MetaObjective, TruncatedBPTT
+from learnedopt.meta.evolution import ES, PES, VarianceMixture
+from learnedopt.meta.imitation import AdamTeacher, Imitation, SGDTeacher, Teacher
+from learnedopt.meta.memory import copies_that_fit
+from learnedopt.meta.objectives import OBJECTIVES, WEIGHTINGS, meta_losses
+from learnedopt.meta.ranks import Ranks, launched
+from learnedopt.meta.recipe import MetaTrainingRun, Recipe, load_recipe, overridden
+from learnedopt.meta.trainer import MetaTrainer, MetaTrainingError
 from learnedopt.meta.unroll import Episode, FlatTask, start_episode, unroll
 
 __all__ = [
+    "ES",
+    "ESTIMATORS",
     "OBJECTIVES",
+    "PES",
+    "TEACHERS",
+    "WEIGHTINGS",
+    "AdamTeacher",
     "Episode",
+    "Estimate",
+    "Estimator",
     "FlatTask",
+    "FullBPTT",
+    "Imitation",
+    "MetaObjective",
     "MetaTrainConfig",
     "MetaTrainer",
     "MetaTrainingError",
     "MetaTrainingRun",
+    "Ranks",
     "Recipe",
+    "SGDTeacher",
+    "Teacher",
+    "TruncatedBPTT",
+    "VarianceMixture",
+    "copies_that_fit",
+    "launched",
     "load_recipe",
+    "meta_losses",
+    "overridden",
     "start_episode",
     "unroll",
 ]

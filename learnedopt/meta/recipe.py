@@ -11,7 +11,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 
 from learnedopt import zoo
-from learnedopt.meta.trainer import MetaTrainConfig, MetaTrainer
+from learnedopt.meta.config import MetaTrainConfig
+from learnedopt.meta.trainer import MetaTrainer
 from learnedopt.rules import RuleConfig
 from learnedopt.tasks.base import TaskFamily
 
@@ -70,17 +72,49 @@ def load_recipe(source: str | os.PathLike[str]) -> Recipe:
     return recipe
 
 
+def overridden(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
+    """The recipe with settings replaced as on the command line: ``["--training.updates", "100"]``.
+
+    Every setting of ``rule`` and ``training`` has an option, nested ones with more dots. Where one of several classes
+    may stand, it is named with a colon, before its own settings:
+    ``["training.estimator:pes", "--training.estimator.std", "0.02"]``.
+
+    Raises:
+        SystemExit: an option is unknown, or its value is of the wrong type; a message went to stderr. With
+            ``--help``, after a list of all options.
+        ValueError: the settings make no sense together.
+    """
+    if not arguments:
+        return recipe
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError("settings on the command line need tyro: pip install 'learnedopt[train]'") from error
+    settings = dataclasses.make_dataclass("Settings", [("rule", type(recipe.rule)), ("training", MetaTrainConfig)])
+    chosen: Any = tyro.cli(
+        settings,
+        prog=f"learnedopt meta-train {recipe.name}",
+        description=f"Settings of the recipe {recipe.name}.",
+        args=list(arguments),
+        default=settings(recipe.rule, recipe.training),
+    )
+    return dataclasses.replace(recipe, rule=chosen.rule, training=chosen.training)
+
+
 class MetaTrainingRun:
     """A recipe being run in a folder: ``config.json``, ``log.jsonl``, ``checkpoint.pt``.
 
     A folder that holds a checkpoint is continued from it; the outcome is bit for bit that of a run without
     interruption (on the same machine and number of threads).
 
+    Where processes train together, each makes this object and calls its methods alike; the first writes the files.
+
     Args:
         recipe: What to run.
         folder: Where; created if need be.
         root: Folder of downloaded data, passed to the recipe.
         device: Where to train. A run may move: a checkpoint made on one device continues on another.
+        tensorboard: Write the numbers of the log for TensorBoard too.
 
     Raises:
         ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read.
@@ -92,9 +126,11 @@ class MetaTrainingRun:
         folder: str | os.PathLike[str],
         root: Path | None = None,
         device: torch.device | str = "cpu",
+        tensorboard: bool = False,
     ) -> None:
         self.recipe = recipe
         self.folder = Path(folder)
+        self.tensorboard = tensorboard
         self.trainer = MetaTrainer(recipe.rule, recipe.family(root), recipe.training, device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checkpoint = self.folder / "checkpoint.pt"
@@ -105,39 +141,49 @@ class MetaTrainingRun:
             "recipe": recipe.name,
             "commit": self.commit,
             "rule": recipe.rule.to_dict(),
-            "training": dataclasses.asdict(recipe.training),
+            "training": recipe.training.to_dict(),
+            "copies": self.trainer.copies,
+            "backend": self.trainer.backend,
+            "device": str(device),
+            "processes": self.trainer.ranks.size,
         }
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if self._writes:
+            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    def run(self, time_limit: float = float("inf")) -> Generator[dict[str, Any]]:
+    @property
+    def _writes(self) -> bool:
+        return self.trainer.ranks.rank == 0
+
+    def run(
+        self, time_limit: float = float("inf"), stop: Callable[[], bool] = lambda: False
+    ) -> Generator[dict[str, Any]]:
         """Train on, yielding :meth:`MetaTrainer.run`'s records, each also a line of ``log.jsonl``.
 
         A checkpoint is written every ``checkpoint_every`` updates and at the end, also when the caller stops early
         (closes the generator). An exception in the middle of an update leaves the last checkpoint as it is: half an
         update cannot be continued exactly. Log lines past the checkpoint are dropped on resuming.
         """
-        self._truncate_log()
-        with open(self.folder / "log.jsonl", "a") as log:
+        with ExitStack() as stack:
+            writers = self._writers(stack)
             try:
-                for record in self.trainer.run(time_limit):
-                    log.write(json.dumps(record) + "\n")
+                for record in self.trainer.run(time_limit, stop):
+                    for write, _ in writers:
+                        write(record)
                     if record["update"] % self.recipe.checkpoint_every == 0:
-                        log.flush()
-                        self.save()
+                        self._save(writers)
                     yield record
             except GeneratorExit:
-                log.flush()
-                self.save()
+                self._save(writers)
                 raise
-            log.flush()
-            self.save()
+            self._save(writers)
 
     def save(self) -> None:
         """Write the checkpoint; the old one stays in place until the new one is whole."""
-        temporary = self._checkpoint.with_suffix(".tmp")
         content = {"recipe": self.recipe.name, "commit": self.commit, "trainer": self.trainer.state_dict()}
-        torch.save(content, temporary)
-        os.replace(temporary, self._checkpoint)
+        if self._writes:
+            temporary = self._checkpoint.with_suffix(".tmp")
+            torch.save(content, temporary)
+            os.replace(temporary, self._checkpoint)
 
     def export(self, zoo_folder: str | os.PathLike[str]) -> zoo.ZooEntry:
         """Write the best rule so far as a zoo entry; an existing card is kept.
@@ -169,6 +215,7 @@ class MetaTrainingRun:
                 "tasks": recipe.tasks,
                 "horizon": list(training.horizon),
                 "unroll_length": training.unroll_length,
+                "settings": training.to_dict() | {"copies": trainer.copies},
                 "updates": trainer.update,
                 "best_update": trainer.best_update,
                 "best_validation": trainer.best_score,
@@ -198,13 +245,44 @@ class MetaTrainingRun:
             raise ValueError(f"{self.folder} holds another run: {error}") from error
         self.commit = commit
 
+    def _writers(self, stack: ExitStack) -> list[_Writer]:
+        """Where records go: how to write one, and how to make sure that all so far are on disk."""
+        if not self._writes:
+            return []
+        self._truncate_log()
+        log = stack.enter_context((self.folder / "log.jsonl").open("a"))
+        writers: list[_Writer] = [(lambda record: log.write(json.dumps(record) + "\n"), log.flush)]
+        if self.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError("the TensorBoard log needs tensorboard: pip install tensorboard") from error
+            board: Any = SummaryWriter(self.folder, purge_step=self.trainer.update + 1)
+            stack.callback(board.close)
+            writers.append((lambda record: _scalars(board, record), board.flush))
+        return writers
+
+    def _save(self, writers: list[_Writer]) -> None:
+        """Checkpoints follow the log, so that it has a line for every update that they know of."""
+        for _, flush in writers:
+            flush()
+        self.save()
+
     def _truncate_log(self) -> None:
         log = self.folder / "log.jsonl"
         if log.exists():
-            # Checkpoints follow the log, so that every update up to here has its line, first to last; a line beyond,
-            # which a killed process may have left unfinished, is not read.
+            # A line beyond the checkpoint, which a killed process may have left unfinished, is not read.
             lines = log.read_text().splitlines()[: self.trainer.update]
             log.write_text("".join(line + "\n" for line in lines))
+
+
+_Writer = tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]
+
+
+def _scalars(board: Any, record: dict[str, Any]) -> None:
+    for name, value in record.items():
+        if name != "update" and isinstance(value, int | float):
+            board.add_scalar(name, value, record["update"])
 
 
 def _hardware(device: torch.device) -> str:

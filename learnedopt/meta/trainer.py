@@ -1,18 +1,24 @@
-"""Meta-training by truncated backpropagation through time."""
+"""The outer loop of meta-training."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from learnedopt.meta.objectives import OBJECTIVES
+from learnedopt.meta.config import MetaTrainConfig
+from learnedopt.meta.estimators import Estimator
+from learnedopt.meta.memory import copies_that_fit
+from learnedopt.meta.objectives import meta_losses
+from learnedopt.meta.ranks import Ranks
 from learnedopt.meta.unroll import Episode, start_episode, unroll
 from learnedopt.rules import RuleConfig, UpdateRule, build_rule
 from learnedopt.tasks.base import Task, TaskFamily
@@ -22,82 +28,42 @@ class MetaTrainingError(RuntimeError):
     """Meta-training cannot go on; the message says why and on which task."""
 
 
-@dataclass(frozen=True)
-class MetaTrainConfig:
-    """How a rule is trained. One *update* is one outer-optimizer step on one window of every running episode."""
-
-    updates: int
-    unroll_length: int = 20
-    """Truncation window: inner steps between outer updates, and how far the meta-gradient reaches back."""
-    horizon: tuple[int, int] = (100, 100)
-    """Inner steps of an episode, log-uniform in this range, rounded to whole windows."""
-    curriculum_updates: int = 0
-    """The longest horizon grows linearly from the shortest to its full length over this many updates; 0 for none."""
-    episodes: int = 1
-    """Windows per update, each of another episode with its own task structure; their meta-gradients are averaged."""
-    pool: int = 1
-    """Episodes under way (at least ``episodes``), served in turn: successive updates see different tasks."""
-    copies: int = 1
-    """Copies of each structure: initialisations and data of their own."""
-    objective: str = "mean"
-    """Name in :data:`~learnedopt.meta.objectives.OBJECTIVES`."""
-    second_order: bool = False
-    learning_rate: float = 1e-3
-    """Adam's, for the meta-parameters; it falls to ``final_learning_rate`` along a half cosine."""
-    final_learning_rate: float = 1e-3
-    clip_norm: float | None = None
-    """Largest norm of the meta-gradient; longer ones are scaled down."""
-    validate_every: int = 500
-    validation_episodes: int = 1
-    validation_copies: int = 20
-    validation_horizon: int = 100
-    patience: int | None = None
-    """Stop after this many validations without a better one; ``None`` trains to the end. The best is kept anyway."""
-    max_skipped: int = 100
-    """Windows with a non-finite meta-loss or meta-gradient are skipped; more than this many stop the run."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = ("updates", "unroll_length", "episodes", "pool", "copies", "validate_every")
-        for name in (*positive, "validation_episodes", "validation_copies", "validation_horizon"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 1 <= self.horizon[0] <= self.horizon[1]:
-            raise ValueError(f"horizon must be (shortest, longest) with 1 <= shortest <= longest, got {self.horizon}")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}; known: {sorted(OBJECTIVES)}")
-        if not (self.learning_rate > 0 and self.final_learning_rate >= 0):
-            raise ValueError("learning_rate must be positive and final_learning_rate not negative")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, or None for none, got {self.clip_norm}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1, or None for no early stopping, got {self.patience}")
-
-
 @dataclass
 class _Slot:
     """One running episode, with what is needed to draw its task again when a run is resumed."""
 
-    drawn_from: Tensor
-    """The generator's state before the task was drawn."""
+    serial: int
+    """Which of all episodes this is; its random numbers follow from it and the run's seed alone."""
     horizon: int
+    imitates: bool
+    generator: Generator
     episode: Episode
+
+
+_SAVED = ("theta", "loss", "grad", "initial_loss")
 
 
 class MetaTrainer:
     """Trains a rule on a family of tasks; deterministic, and resumable bit for bit.
 
-    Truncated backpropagation through time: an episode is cut into windows; each window starts from constants, so
-    the meta-gradient sees effects up to ``unroll_length`` steps away and is biased towards rules that pay off within
-    that many steps (Wu et al. 2018, arXiv:1803.02021). Every ``validate_every`` updates the rule is frozen and run
-    on a fixed set of fresh tasks; the best rule so far by their *final* loss is kept (Andrychowicz et al. 2016,
-    section 3).
+    An episode is cut into windows; each gives one estimate of the meta-gradient (``config.estimator``), and Adam
+    follows their average. Every ``validate_every`` updates the rule is frozen and run on a fixed set of fresh tasks;
+    the best rule so far by their *final* loss is kept (Andrychowicz et al. 2016, section 3).
+
+    Where processes train together (``torch.distributed``), each runs its share of the ``episodes`` of an update, and
+    all get all estimates. An episode has random numbers of its own and estimates are averaged in a fixed order, so
+    the result does not depend on the number of processes, bit for bit; a run may change it when it is resumed. Every
+    process makes the same calls.
 
     Args:
         rule: Configuration of the rule to train.
         family: Where tasks are drawn from.
         config: How to train.
         device: Where rule and optimizees live. Tasks and batches are drawn on the CPU and follow.
+
+    Raises:
+        ValueError: ``episodes`` or ``pool`` are not multiples of the number of processes.
+        RuntimeError: ``config.backend`` is ``"native"``, which this machine or the rule does not have.
 
     >>> from learnedopt.rules import LSTMConfig
     >>> from learnedopt.tasks import Quadratics
@@ -112,99 +78,117 @@ class MetaTrainer:
     ) -> None:
         self.config = config
         self.family = family
+        self.ranks = Ranks()
+        self._pool = max(config.pool, config.episodes)
+        for name, count in (("episodes", config.episodes), ("pool", self._pool)):
+            if count % self.ranks.size:
+                raise ValueError(
+                    f"{self.ranks.size} processes share the episodes: {name} must be a multiple of that, got {count}"
+                )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             self.rule = build_rule(rule).to(device)
         self.outer = torch.optim.Adam(self.rule.parameters(), lr=config.learning_rate)
-        self.generator = Generator().manual_seed(config.seed)
+        self.average = (
+            None
+            if config.ema_decay is None
+            else AveragedModel(self.rule, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        )
+        # Shares its parameters with the rule, so that gradients and updates are the rule's own.
+        self._computed, self.backend = _computed(self.rule, config)
         self.update = 0
+        self.stage = 0
         self.skipped = 0
         self.seconds = 0.0
         self.best_score = math.inf
         self.best_update = 0
+        self._last_better = 0
         self.best_weights = self._weights()
-        self._slots: list[_Slot] = []
+        self._slots: dict[int, _Slot] = {}
+        self.copies = self._agreed_copies() if config.copies == "auto" else config.copies
 
     @property
     def finished(self) -> bool:
         """Whether all updates are done, or patience has run out."""
-        return self.update >= self.config.updates or self._out_of_patience()
+        return self.update >= self.config.updates or (self._out_of_patience() and self._last_stage())
 
-    def run(self, time_limit: float = math.inf) -> Iterator[dict[str, Any]]:
+    def run(self, time_limit: float = math.inf, stop: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any]]:
         """Train on from where this trainer stands, yielding one record per update.
 
-        A record holds ``update``, ``meta_loss``, ``grad_norm``, ``learning_rate``, ``seconds`` (of training so far,
-        over all sittings) and, after a validation, ``validation`` and ``best``.
+        A record holds ``update``, ``meta_loss`` (the mean over the windows that were finite), ``grad_norm``,
+        ``learning_rate``, ``steps`` (inner steps, counted once per copy), ``seconds`` (of training so far, over all
+        sittings); after a validation, ``validation`` and ``best``; where windows were skipped, ``skipped``, their
+        tasks; and with a staged curriculum, ``stage``.
 
         Args:
             time_limit: Stop cleanly after the update during which this many seconds have passed.
+            stop: Asked once in every update; stop cleanly after the one where it says so. Where processes train
+                together, all stop when one of them is to.
 
         Raises:
             MetaTrainingError: more than ``max_skipped`` windows were not finite.
         """
         started, before = time.perf_counter(), self.seconds
-        while not self.finished:
-            record = self._step()
+        asked = False
+        while not (self.finished or asked):
+            record, asked = self._step(lambda: stop() or time.perf_counter() - started > time_limit)
             if self.update % self.config.validate_every == 0 or self.update == self.config.updates:
-                score = self.validate()
-                if score < self.best_score:
-                    self.best_score, self.best_update, self.best_weights = score, self.update, self._weights()
-                record.update(validation=score, best=self.best_score)
-            elapsed = time.perf_counter() - started
-            self.seconds = before + elapsed
+                record |= self._judge()
+            self.seconds = before + time.perf_counter() - started
             yield record | {"seconds": self.seconds}
-            if elapsed > time_limit:
-                return
 
     def best_rule(self) -> UpdateRule:
         """The rule with the weights of the best validation so far."""
-        rule = copy.deepcopy(self.rule)
-        rule.load_state_dict(self.best_weights)
-        return rule
+        return self._with_weights(self.best_weights)
 
     def validate(self) -> float:
         """Mean over fixed validation tasks of the final loss: the last tenth of the steps, in the meta-objective.
 
-        The tasks are drawn from a seed of their own: the same at every call, and not those of training.
+        The tasks are drawn from seeds of their own: the same at every call, and not those of training.
         """
         config = self.config
-        generator = Generator().manual_seed(config.seed + 0x5EED)
-        objective = OBJECTIVES[config.objective]
+        horizon = self._validation_horizon()
+        rule, _ = _computed(self._with_weights(self._weights()), config)
         scores = []
         with torch.no_grad():
-            for _ in range(config.validation_episodes):
+            for index in self.ranks.mine(config.validation_episodes):
+                generator = _generator(config.seed, _VALIDATION, index)
                 task = self.family.draw(generator, config.validation_copies)
-                episode = start_episode(self.rule, task, generator)
-                losses, _ = unroll(self.rule, episode, config.validation_horizon, generator)
-                tail = max(1, config.validation_horizon // 10)
-                score = objective(losses[-tail:], episode.initial_loss).item()
+                episode = start_episode(rule, task, generator)
+                losses, _ = unroll(rule, episode, horizon, generator, split=config.split)
+                tail = losses[-max(1, horizon // 10) :]
+                score = meta_losses(tail, episode.initial_loss, config.objective).mean().item()
                 scores.append(score if math.isfinite(score) else math.inf)
+        scores = self.ranks.collect(scores)
         return sum(scores) / len(scores)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly: weights, outer optimizer, generator, running episodes, best so far."""
+        """Everything needed to go on exactly: weights, outer optimizer, running episodes, generators, best so far.
+
+        Where processes train together, all must call this, and all get the whole.
+        """
+        slots = [
+            {
+                "index": index,
+                "serial": slot.serial,
+                "horizon": slot.horizon,
+                "imitates": slot.imitates,
+                "generator": slot.generator.get_state(),
+                "step": slot.episode.step,
+                "state": _to_cpu(slot.episode.state),
+                "memory": _to_cpu(slot.episode.memory),
+                **{name: getattr(slot.episode, name).cpu() for name in _SAVED},
+            }
+            for index, slot in self._slots.items()
+        ]
         return {
-            "config": asdict(self.config),
+            "config": self.config.to_dict(),
             "rule_config": self.rule.config.to_dict(),
             "rule": self.rule.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "outer": self.outer.state_dict(),
-            "generator": self.generator.get_state(),
-            "update": self.update,
-            "skipped": self.skipped,
-            "seconds": self.seconds,
-            "best_score": self.best_score,
-            "best_update": self.best_update,
-            "best_weights": self.best_weights,
-            "slots": [
-                {
-                    "drawn_from": slot.drawn_from,
-                    "horizon": slot.horizon,
-                    "step": slot.episode.step,
-                    "state": slot.episode.state,
-                    **{name: getattr(slot.episode, name) for name in ("theta", "loss", "grad", "initial_loss")},
-                }
-                for slot in self._slots
-            ],
+            "slots": sorted(self.ranks.collect(slots), key=lambda slot: slot["index"]),
+            **{name: getattr(self, name) for name in _COUNTERS},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -215,94 +199,159 @@ class MetaTrainer:
         """
         if state["rule_config"] != self.rule.config.to_dict():
             raise ValueError(f"the checkpoint trains {state['rule_config']}, this run {self.rule.config.to_dict()}")
-        ours = asdict(self.config)
+        ours = self.config.to_dict()
         if different := sorted(name for name in ours if state["config"].get(name) != ours[name]):
             raise ValueError(
                 f"the checkpoint was made with other settings: {different}; continue it with the same, or start anew"
             )
         self.rule.load_state_dict(state["rule"])
         self.outer.load_state_dict(state["outer"])
-        for name in ("update", "skipped", "seconds", "best_score", "best_update", "best_weights"):
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for name in _COUNTERS:
             setattr(self, name, state[name])
-        self._slots = []
+        self._slots = {}
         for saved in state["slots"]:
-            self.generator.set_state(saved["drawn_from"])
-            task = self._draw()
-            template = start_episode(self.rule, task, self.generator)
+            if saved["index"] % self.ranks.size != self.ranks.rank:
+                continue
+            slot = self._start(saved["serial"], saved["horizon"], saved["imitates"])
+            template = slot.episode
             if saved["theta"].shape != template.theta.shape:
                 raise ValueError(
-                    f"the checkpoint has an episode of shape {tuple(saved['theta'].shape)} where the family now draws "
-                    f"{task!r}, of shape {tuple(template.theta.shape)}: the tasks have changed, start anew"
+                    f"the checkpoint has an episode of shape {tuple(saved['theta'].shape)} where the family now "
+                    f"draws {template.flat.task!r}, of shape {tuple(template.theta.shape)}: the tasks have changed, "
+                    "start anew"
                 )
             device = template.theta.device
-            tensors = {name: saved[name].to(device) for name in ("theta", "loss", "grad", "initial_loss")}
-            memory = {name: value.to(device) for name, value in saved["state"].items()}
-            episode = Episode(template.flat, state=memory, step=saved["step"], **tensors)
-            self._slots.append(_Slot(saved["drawn_from"], saved["horizon"], episode))
-        self.generator.set_state(state["generator"])
+            slot.episode = Episode(
+                template.flat,
+                state={name: value.to(device) for name, value in saved["state"].items()},
+                memory={name: value.to(device) for name, value in saved["memory"].items()},
+                step=saved["step"],
+                **{name: saved[name].to(device) for name in _SAVED},
+            )
+            slot.generator.set_state(saved["generator"])
+            self._slots[saved["index"]] = slot
 
-    def _step(self) -> dict[str, Any]:
+    def _step(self, stop: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
+        """One update: its record, and whether any process is to stop after it."""
         config = self.config
-        pool = max(config.pool, config.episodes)
-        turn = [(self.update * config.episodes + offset) % pool for offset in range(config.episodes)]
         for group in self.outer.param_groups:
             group["lr"] = learning_rate = self._learning_rate()
-        self.outer.zero_grad()
-        meta_losses, tasks = [], []
-        for index in turn:
-            if index == len(self._slots):
-                self._slots.append(self._start())
-            slot = self._slots[index]
-            losses, episode = unroll(
-                self.rule, slot.episode, config.unroll_length, self.generator, second_order=config.second_order
+        rows, tasks, steps = [], [], 0
+        for offset in self.ranks.mine(config.episodes):
+            index = (self.update * config.episodes + offset) % self._pool
+            slot = self._slots.get(index) or self._next(index)
+            estimator = self._estimator(slot.imitates)
+            length = estimator.steps(config.unroll_length, slot.horizon)
+            estimate, slot.episode = estimator.estimate(
+                self._computed, slot.episode, length, slot.generator, config.meta_objective
             )
-            meta_loss = OBJECTIVES[config.objective](losses, episode.initial_loss)
-            if torch.isfinite(meta_loss):
-                (meta_loss / config.episodes).backward()
-                slot.episode = episode
-            meta_losses.append(meta_loss.item())
-            tasks.append(repr(episode.flat.task))
-            if not math.isfinite(meta_losses[-1]) or episode.step >= slot.horizon:
-                self._slots[index] = self._start()
-        parameters = list(self.rule.parameters())
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if math.isfinite(sum(meta_losses)) and torch.isfinite(grad_norm):
-            if config.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, grad_norm)
-            self.outer.step()
-        else:
-            self.skipped += 1
-            if self.skipped > config.max_skipped:
-                raise MetaTrainingError(
-                    f"{self.skipped} windows had a non-finite meta-loss or meta-gradient, the last at update "
-                    f"{self.update} on {', '.join(tasks)}; lower the learning rate, clip the gradient, or shorten the "
-                    f"horizon"
-                )
+            rows.append(torch.cat([estimate.gradient, estimate.meta_loss.reshape(1)]))
+            tasks.append(repr(slot.episode.flat.task))
+            steps += length * len(slot.episode.theta)
+            if not torch.isfinite(estimate.meta_loss) or slot.episode.step >= slot.horizon:
+                self._next(index)
+        flags = rows[0].new_full((len(rows), 1), float(stop()))
+        everything = self.ranks.gather(torch.cat([torch.stack(rows), flags], dim=1))
+        everything, asked = everything[:, :-1], bool(everything[:, -1].any())
+        finite = everything.isfinite().all(1)
+        record: dict[str, Any] = {"update": self.update + 1}
+        if not finite.all():
+            record["skipped"] = self._skip(finite.tolist(), tasks)
+        mean = everything[finite].mean(0)
+        gradient, meta_loss = mean[:-1], mean[-1].item()
+        grad_norm = gradient.norm().item()
+        if finite.any():
+            self._follow(gradient, grad_norm)
         self.update += 1
-        return {
-            "update": self.update,
-            "meta_loss": sum(meta_losses) / len(meta_losses),
-            "grad_norm": grad_norm.item(),
-            "learning_rate": learning_rate,
-        }
+        record |= {"meta_loss": meta_loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        record |= {"steps": steps * self.ranks.size} | ({"stage": self.stage} if config.stages else {})
+        return record, asked
 
-    def _start(self) -> _Slot:
-        drawn_from = self.generator.get_state()
-        task = self._draw()
-        horizon = self._horizon()
-        return _Slot(drawn_from, horizon, start_episode(self.rule, task, self.generator))
+    def _follow(self, gradient: Tensor, norm: float) -> None:
+        """One step of the outer optimizer."""
+        if self.config.clip_norm is not None:
+            gradient = gradient * min(1.0, self.config.clip_norm / (norm + 1e-6))
+        parameters = list(self.rule.parameters())
+        for parameter, part in zip(parameters, gradient.split([parameter.numel() for parameter in parameters])):
+            parameter.grad = part.view_as(parameter)
+        self.outer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.rule)
 
-    def _draw(self) -> Task:
-        return self.family.draw(self.generator, self.config.copies)
+    def _skip(self, finite: list[bool], tasks: list[str]) -> list[str]:
+        """The tasks of the windows that were not finite."""
+        bad = [task for task, good in zip(self.ranks.collect(tasks), finite) if not good]
+        self.skipped += len(bad)
+        if self.skipped > self.config.max_skipped:
+            raise MetaTrainingError(
+                f"{self.skipped} windows had a non-finite meta-loss or meta-gradient, the last at update {self.update} "
+                f"on {', '.join(bad)}; lower the learning rate, clip the gradient, or shorten the horizon"
+            )
+        return bad
 
-    def _horizon(self) -> int:
+    def _judge(self) -> dict[str, Any]:
+        """Validate; remember what is best; go on to the next stage of a curriculum when this one gives no more."""
+        score = self.validate()
+        if score < self.best_score:
+            self.best_score, self.best_update, self.best_weights = score, self.update, self._weights()
+            self._last_better = self.update
+        record = {"validation": score, "best": self.best_score}
+        if self._out_of_patience() and not (self._last_stage() or self.update == self.config.updates):
+            self.stage += 1
+            self.rule.load_state_dict(self.best_weights)
+            if self.average is not None:
+                self.average.module.load_state_dict(self.best_weights)
+            # The next stage is judged at another length, and its episodes have another.
+            self.best_score, self._last_better = math.inf, self.update
+            for index in self._slots:
+                self._next(index)
+        return record
+
+    def _next(self, index: int) -> _Slot:
+        """Start the next episode at a place of the pool."""
+        serial = self._slots[index].serial + self._pool if index in self._slots else index
+        self._slots[index] = slot = self._start(serial)
+        return slot
+
+    def _start(self, serial: int, horizon: int | None = None, imitates: bool | None = None) -> _Slot:
+        """An episode from its number; what depends on when it began as well can be given."""
+        generator = _generator(self.config.seed, _TRAINING, serial)
+        task = self._draw(generator)
+        drawn = self._horizon(generator), self._imitates(generator)
+        horizon = drawn[0] if horizon is None else horizon
+        imitates = drawn[1] if imitates is None else imitates
+        episode = self._estimator(imitates).start(self._computed, task, generator)
+        return _Slot(serial, horizon, imitates, generator, episode)
+
+    def _draw(self, generator: Generator) -> Task:
+        return self.family.draw(generator, self.copies)
+
+    def _estimator(self, imitates: bool) -> Estimator:
+        if imitates:
+            assert self.config.imitation is not None
+            return self.config.imitation
+        return self.config.estimator
+
+    def _imitates(self, generator: Generator) -> bool:
+        return torch.rand((), generator=generator).item() < self.config.imitation_share
+
+    def _horizon(self, generator: Generator) -> int:
         config = self.config
-        low, longest = config.horizon
-        grown = min(1.0, self.update / config.curriculum_updates) if config.curriculum_updates else 1.0
-        high = low + grown * (longest - low)
-        uniform = torch.rand((), generator=self.generator).item()
+        if config.stages:
+            low = high = float(config.stages[self.stage])
+        else:
+            low, longest = config.horizon
+            grown = min(1.0, self.update / config.curriculum_updates) if config.curriculum_updates else 1.0
+            high = low + grown * (longest - low)
+        uniform = torch.rand((), generator=generator).item()
         length = math.exp(math.log(low) + uniform * (math.log(high) - math.log(low)))
         return config.unroll_length * max(1, round(length / config.unroll_length))
+
+    def _validation_horizon(self) -> int:
+        stages = self.config.stages
+        return stages[min(self.stage + 1, len(stages) - 1)] if stages else self.config.validation_horizon
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -311,7 +360,55 @@ class MetaTrainer:
 
     def _out_of_patience(self) -> bool:
         patience = self.config.patience
-        return patience is not None and self.update - self.best_update >= patience * self.config.validate_every
+        return patience is not None and self.update - self._last_better >= patience * self.config.validate_every
+
+    def _last_stage(self) -> bool:
+        return self.stage >= len(self.config.stages) - 1
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().to("cpu", copy=True) for name, value in self.rule.state_dict().items()}
+        """What is validated and kept: the average, where there is one."""
+        rule = self.rule if self.average is None else self.average.module
+        return {name: value.detach().to("cpu", copy=True) for name, value in rule.state_dict().items()}
+
+    def _with_weights(self, weights: dict[str, Tensor]) -> UpdateRule:
+        rule = copy.deepcopy(self.rule)
+        rule.load_state_dict(weights)
+        return rule
+
+    def _agreed_copies(self) -> int:
+        """As many as the process with the least memory has room for."""
+        return min(self.ranks.collect([copies_that_fit(self._computed, self.family, self.config)]))
+
+
+_COUNTERS = (
+    "update",
+    "stage",
+    "skipped",
+    "seconds",
+    "best_score",
+    "best_update",
+    "_last_better",
+    "best_weights",
+    "copies",
+)
+_TRAINING, _VALIDATION = 0, 1
+
+
+def _generator(*key: int) -> Generator:
+    """A generator for one purpose: streams of different keys have nothing to do with each other."""
+    return Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in tensors.items()}
+
+
+def _computed(rule: UpdateRule, config: MetaTrainConfig) -> tuple[UpdateRule, str]:
+    """The rule as it is computed, sharing its parameters, and by what."""
+    if config.backend == "reference":
+        return rule, "reference"
+    from learnedopt.kernels import native, training
+
+    if config.backend == "auto" and native.why_unavailable() is not None:
+        return rule, "reference"
+    return training.fused(rule), "native"
