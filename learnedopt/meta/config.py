@@ -12,16 +12,16 @@ from learnedopt.meta.objectives import OBJECTIVES, WEIGHTINGS
 from learnedopt.tasks.base import Split
 
 ESTIMATORS: dict[str, type[Estimator]] = {
-    "tbptt": TruncatedBPTT,
+    "truncated-bptt": TruncatedBPTT,
     "full-bptt": FullBPTT,
     "es": ES,
     "pes": PES,
-    "mixture": VarianceMixture,
+    "variance-mixture": VarianceMixture,
 }
-"""Every estimator of the meta-gradient by name."""
+"""Every estimator of the meta-gradient by name, the one it has on the command line."""
 
-TEACHERS: dict[str, type[Teacher]] = {"adam": AdamTeacher, "sgd": SGDTeacher}
-"""Every teacher by name."""
+TEACHERS: dict[str, type[Teacher]] = {"adam-teacher": AdamTeacher, "sgd-teacher": SGDTeacher}
+"""Every teacher by name, the one it has on the command line."""
 
 Backend = Literal["auto", "reference", "native"]
 
@@ -61,6 +61,8 @@ class MetaTrainConfig:
     """A teacher to imitate in some of the episodes."""
     imitation_share: float = 0.0
     """The probability that an episode is one of imitation."""
+    imitation_updates: int | None = None
+    """Only episodes that begin before this update imitate; ``None`` for all along."""
     learning_rate: float = 1e-3
     """Adam's, for the meta-parameters; it falls to ``final_learning_rate`` along a half cosine."""
     final_learning_rate: float = 1e-3
@@ -78,7 +80,7 @@ class MetaTrainConfig:
     """Windows with a non-finite meta-loss or meta-gradient are skipped; more than this many stop the run."""
     backend: Backend = "reference"
     """What computes the rule: ``"reference"``, the rule itself; ``"native"``, compiled kernels with the same results up
-    to rounding; ``"auto"``, the faster that this machine has."""
+    to rounding, on the CPU, not for estimators that perturb the weights; ``"auto"``, the faster that can be had."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,10 +113,16 @@ class MetaTrainConfig:
             raise ValueError(f"imitation_share must be between 0 and 1, got {self.imitation_share}")
         if (self.imitation_share > 0) != (self.imitation is not None):
             raise ValueError("imitation needs both a teacher (imitation) and a share of the episodes (imitation_share)")
+        if self.imitation_updates is not None and self.imitation_updates < 1:
+            raise ValueError(f"imitation_updates must be at least 1, or None, got {self.imitation_updates}")
         if self.stages and (min(self.stages) < 1 or self.patience is None or self.curriculum_updates):
             raise ValueError(
                 f"stages must be lengths of at least 1, need a patience, and exclude curriculum_updates; got stages "
                 f"{self.stages}, patience {self.patience}, curriculum_updates {self.curriculum_updates}"
+            )
+        if self.backend == "native" and self.estimator.perturbs_weights:
+            raise ValueError(
+                f"the native backend cannot run the estimator {kind(self.estimator)!r}, which perturbs weights"
             )
         if self.copies != "auto" and self.copies < self.estimator.fewest_copies:
             raise ValueError(

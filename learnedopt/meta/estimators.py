@@ -49,6 +49,8 @@ class Estimator(ABC):
 
     fewest_copies: ClassVar[int] = 1
     """Copies of each task that an estimate needs."""
+    perturbs_weights: ClassVar[bool] = False
+    """Whether the rule is evaluated with other weights for every copy, which takes ``torch.func.vmap`` over them."""
 
     def start(self, rule: UpdateRule, task: Task, generator: Generator) -> Episode:
         """Begin an episode on a task."""

@@ -65,7 +65,7 @@ class PerCopy:
         self._update = _Update(rule)
         named = dict(self._update.named_parameters())
         parts = weights.split([value.numel() for value in named.values()], dim=1)
-        self._weights = {name: part.unflatten(1, named[name].shape) for name, part in zip(named, parts)}
+        self._weights = {name: part.reshape(len(weights), *named[name].shape) for name, part in zip(named, parts)}
         self._copies = len(weights)
 
     def update(
@@ -90,6 +90,7 @@ class PerCopy:
 
 @dataclass(frozen=True)
 class _Antithetic(Estimator):
+    perturbs_weights: ClassVar[bool] = True
     std: float = 0.01
     r"""Standard deviation :math:`\sigma` of the perturbations."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -14,15 +16,29 @@ from learnedopt.rules import UpdateRule
 from learnedopt.tasks.base import Task
 
 
-class Teacher(Protocol):
+@dataclass(frozen=True)
+class Teacher(ABC):
     """Settings of a coordinate-wise optimizer of ``torch.optim``."""
 
+    lr: float = 0.01
+    decay_steps: float = math.inf
+    """The learning rate at step t is ``lr / (1 + t / decay_steps)``."""
+
+    def __post_init__(self) -> None:
+        if not (0.0 < self.lr < math.inf and self.decay_steps > 0.0):
+            raise ValueError(f"a teacher needs a positive lr and decay_steps, got {self.lr} and {self.decay_steps}")
+
+    @abstractmethod
     def optimizer(self, theta: Tensor) -> torch.optim.Optimizer:
         """The optimizer of ``theta``, which holds several optimizees in its rows."""
 
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step; the first is 0."""
+        return self.lr / (1.0 + step / self.decay_steps)
+
 
 @dataclass(frozen=True)
-class SGDTeacher:
+class SGDTeacher(Teacher):
     """``torch.optim.SGD``, by default with Nesterov momentum."""
 
     lr: float = 0.1
@@ -34,10 +50,9 @@ class SGDTeacher:
 
 
 @dataclass(frozen=True)
-class AdamTeacher:
+class AdamTeacher(Teacher):
     """``torch.optim.Adam``."""
 
-    lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -76,11 +91,12 @@ class Imitation(Estimator):
         theta, optimizer = self._teacher(episode)
         state, loss, grad = episode.state, episode.loss, episode.grad
         errors, scale = [], torch.zeros_like(episode.loss)
-        for _ in range(steps):
+        for step in range(steps):
+            before = theta.detach().clone()  # the teacher works in place
             with torch.enable_grad():
-                delta, state = rule.update(theta.detach().flatten(), grad.flatten(), state, flat.segments, loss)
-            before = theta.detach().clone()
+                delta, state = rule.update(before.flatten(), grad.flatten(), state, flat.segments, loss)
             theta.grad = grad
+            optimizer.param_groups[0]["lr"] = self.teacher.lr_at(episode.step + step)
             optimizer.step()
             wanted = theta.detach() - before
             with torch.enable_grad():

@@ -14,6 +14,8 @@ import torch
 from torch import Generator, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from learnedopt.kernels import extension
+from learnedopt.kernels.training import fused
 from learnedopt.meta.config import MetaTrainConfig
 from learnedopt.meta.estimators import Estimator
 from learnedopt.meta.memory import copies_that_fit
@@ -335,7 +337,9 @@ class MetaTrainer:
         return self.config.estimator
 
     def _imitates(self, generator: Generator) -> bool:
-        return torch.rand((), generator=generator).item() < self.config.imitation_share
+        config = self.config
+        over = config.imitation_updates is not None and self.update >= config.imitation_updates
+        return torch.rand((), generator=generator).item() < config.imitation_share and not over
 
     def _horizon(self, generator: Generator) -> int:
         config = self.config
@@ -405,10 +409,7 @@ def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _computed(rule: UpdateRule, config: MetaTrainConfig) -> tuple[UpdateRule, str]:
     """The rule as it is computed, sharing its parameters, and by what."""
-    if config.backend == "reference":
-        return rule, "reference"
-    from learnedopt.kernels import native, training
-
-    if config.backend == "auto" and native.why_unavailable() is not None:
-        return rule, "reference"
-    return training.fused(rule), "native"
+    suits = next(rule.parameters()).device.type == "cpu" and not config.estimator.perturbs_weights
+    if config.backend == "native" or (config.backend == "auto" and suits and extension.why_unavailable() is None):
+        return fused(rule), "native"
+    return rule, "reference"
