@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from os import PathLike
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,18 +65,146 @@ def mnist(root: str | PathLike[str], download: bool = False) -> ImageData:
     The files are looked for where torchvision keeps them, ``<root>/MNIST/raw``. Raises ``FileNotFoundError`` if they
     are not there and ``download`` is false, ``ImportError`` without torchvision.
     """
+    return _torchvision("mnist", "MNIST", root, download, "MNIST/raw", "train-images-idx3-ubyte", held_out=12)
+
+
+@cache
+def fashion_mnist(root: str | PathLike[str], download: bool = False) -> ImageData:
+    """Fashion-MNIST through torchvision: ten kinds of clothing in the format and the splits of :func:`mnist`.
+
+    The files are looked for in ``<root>/FashionMNIST/raw``. Raises as :func:`mnist` does.
+    """
+    return _torchvision(
+        "fashion_mnist", "FashionMNIST", root, download, "FashionMNIST/raw", "train-images-idx3-ubyte", held_out=12
+    )
+
+
+@cache
+def cifar10(root: str | PathLike[str], download: bool = False) -> ImageData:
+    """CIFAR-10 through torchvision: 45,000 training images, the last 5,000 for validation, 10,000 test images.
+
+    Colour images of 32 x 32 pixels, 740 MB in memory. The files are looked for in ``<root>/cifar-10-batches-py``.
+    Raises as :func:`mnist` does. A copy as folders of JPEG or PNG files is read by :func:`image_folder`.
+    """
+    return _torchvision("cifar10", "CIFAR10", root, download, "cifar-10-batches-py", "data_batch_1", held_out=10)
+
+
+@cache
+def image_folder(root: str | PathLike[str], name: str | None = None) -> ImageData:
+    """Images of one size in ``<root>/train/<class>/`` and ``<root>/test/<class>/``, as colours.
+
+    Classes are numbered in the order of their folders' names. Every tenth image of a class (the tenth, twentieth, … by
+    file name) of ``train`` is for validation. ``name`` is the data's, the folder's without it. Raises
+    ``FileNotFoundError`` if there are no such folders, ``ValueError`` if images differ in size or the two folders in
+    their classes, ``ImportError`` without torchvision.
+    """
     try:
-        from torchvision.datasets import MNIST
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms.functional import pil_to_tensor
     except ImportError as error:
-        raise ImportError("mnist() needs torchvision: pip install 'learnedopt[train]'") from error
+        raise ImportError("image_folder() needs torchvision: pip install 'learnedopt[train]'") from error
+    root = Path(root)
     try:
-        train, test = MNIST(root, train=True, download=download), MNIST(root, train=False, download=download)
+        parts = {part: ImageFolder(str(root / part), transform=pil_to_tensor) for part in ("train", "test")}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"no images under {str(root)!r}, expected as train/CLASS/FILE and test/CLASS/FILE"
+        ) from error
+    if parts["train"].classes != parts["test"].classes:
+        raise ValueError(f"{str(root / 'train')!r} and {str(root / 'test')!r} differ in their classes")
+    tensors = {}
+    for part, images in parts.items():
+        pixels, classes = zip(*images)
+        if len(sizes := {tuple(image.shape) for image in pixels}) > 1:
+            raise ValueError(f"images under {str(root / part)!r} differ in size: {sorted(sizes)}; make them one size")
+        tensors[part] = torch.stack(pixels).float().div_(255), torch.tensor(classes)
+    x, y = tensors["train"]
+    place = torch.cat([torch.arange(int(count)) for count in y.bincount()])  # of each image within its class
+    held_out = place % 10 == 9
+    return ImageData(
+        name or root.name,
+        len(parts["train"].classes),
+        (x[~held_out], y[~held_out]),
+        (x[held_out], y[held_out]),
+        tensors["test"],
+    )
+
+
+def label_subset(data: ImageData, labels: Iterable[int], held_out: bool = False) -> ImageData:
+    """The images of some classes, renumbered from 0 in the order of ``labels``.
+
+    With ``held_out`` those of all other classes instead, in their old order: what a rule is meta-trained on that is
+    then judged on ``labels`` (Andrychowicz et al. 2016, section 3.3: subsets of CIFAR-10 with two and five labels).
+
+    Raises ``ValueError`` for labels that do not exist or occur twice, and if no class is left.
+
+    >>> small = label_subset(digits(), (3, 7))
+    >>> small.num_classes, small.train[1].unique().tolist()
+    (2, [0, 1])
+    >>> label_subset(digits(), (3, 7), held_out=True).num_classes
+    8
+    """
+    labels = list(labels)
+    if len(set(labels)) < len(labels) or not set(labels) <= set(range(data.num_classes)):
+        raise ValueError(f"labels must be different numbers from 0 to {data.num_classes - 1}, got {labels}")
+    kept = [label for label in range(data.num_classes) if label not in labels] if held_out else labels
+    if not kept:
+        raise ValueError(f"no class of {data.name} is left without {labels}" if held_out else "labels are empty")
+    number = torch.full((data.num_classes,), -1)
+    number[kept] = torch.arange(len(kept))
+
+    def subset(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        mine = number[y] >= 0
+        return x[mine], number[y[mine]]
+
+    name = f"{data.name}-{'-'.join(map(str, kept))}"
+    return ImageData(name, len(kept), subset(*data.train), subset(*data.validation), subset(*data.test))
+
+
+def split_by_class(name: str, images: Tensor) -> ImageData:
+    """Data of which there are equally many examples per class, ``(classes, examples, channels, height, width)``.
+
+    Of every class 70 % of the examples, rounded down, are for training, half of the rest for validation, the others for
+    testing. Raises ``ValueError`` for fewer than 4 examples, with which a split would be empty.
+
+    >>> split_by_class("noise", torch.rand(3, 10, 1, 4, 4)).validation[1]
+    tensor([0, 1, 2])
+    """
+    classes, examples = images.shape[:2]
+    if examples < 4:
+        raise ValueError(f"examples must be at least 4, so that no split is empty, got {examples}")
+    train = examples * 7 // 10
+    sizes = [train, (examples - train) // 2, (examples - train + 1) // 2]
+    labels = torch.arange(classes)[:, None].expand(classes, examples)
+    splits = [(x.flatten(0, 1), y.flatten()) for x, y in zip(images.split(sizes, 1), labels.split(sizes, 1))]
+    return ImageData(name, classes, *splits)
+
+
+def _torchvision(
+    name: str, dataset: str, root: str | PathLike[str], download: bool, folder: str, example: str, held_out: int
+) -> ImageData:
+    """A data set of torchvision with ten classes; the last one in ``held_out`` training images for validation."""
+    try:
+        import torchvision.datasets as datasets
+    except ImportError as error:
+        raise ImportError(f"{name}() needs torchvision: pip install 'learnedopt[train]'") from error
+    make = getattr(datasets, dataset)
+    try:
+        parts = make(root, train=True, download=download), make(root, train=False, download=download)
     except RuntimeError as error:
         if download:  # torchvision's own account of what failed is the better one
             raise
         raise FileNotFoundError(
-            f"no MNIST under {str(root)!r}: pass download=True, or put the four unpacked files "
-            f"(train-images-idx3-ubyte and so on) into {str(root)!r}/MNIST/raw"
+            f"no {dataset} under {str(root)!r}: pass download=True, or put its unpacked files "
+            f"({example} and so on) into {str(Path(root) / folder)!r}"
         ) from error
-    (x, y), (test_x, test_y) = ((part.data.unsqueeze(1).float() / 255, part.targets) for part in (train, test))
-    return ImageData("mnist", 10, (x[:55_000], y[:55_000]), (x[55_000:], y[55_000:]), (test_x, test_y))
+    (x, y), test = (_tensors(part.data, part.targets) for part in parts)
+    last = len(x) - len(x) // held_out
+    return ImageData(name, 10, (x[:last], y[:last]), (x[last:], y[last:]), test)
+
+
+def _tensors(pixels: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Grey ``(N, height, width)`` or colours last, bytes, as :class:`ImageData` has them."""
+    x = torch.as_tensor(pixels)
+    x = x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    return x.float().div_(255).contiguous(), torch.as_tensor(labels)

@@ -1,15 +1,16 @@
-"""Families made of other families: mixed, rescaled, reparametrised."""
+"""Families made of other families: mixed, rescaled, reparametrised, with other batches, in other precision."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
 from learnedopt.tasks.base import Batch, Params, Split, Task, TaskFamily
-from learnedopt.tasks.draws import Range, log_uniform, log_uniform_tensor
+from learnedopt.tasks.draws import IntRange, Range, check_known, choice, log_integer, log_uniform, log_uniform_tensor
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,10 @@ class Mixture(TaskFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledTask(Task):
-    """``scale`` times the loss of another task."""
+class WrappedTask(Task):
+    """Another task, changed in one respect; as it stands, in none."""
 
     task: Task
-    scale: float
 
     @property
     def copies(self) -> int:  # type: ignore[override]
@@ -57,10 +57,20 @@ class ScaledTask(Task):
         return self.task.sample(generator, split)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        return self.scale * self.task.loss(params, batch)
+        return self.task.loss(params, batch)
 
     def accuracy(self, params: Params, batch: Batch) -> Tensor:
         return self.task.accuracy(params, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledTask(WrappedTask):
+    """``scale`` times the loss of another task."""
+
+    scale: float
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        return self.scale * self.task.loss(params, batch)
 
 
 @dataclass(frozen=True)
@@ -75,18 +85,13 @@ class ScaledLoss(TaskFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class ReparametrizedTask(Task):
+class ReparametrizedTask(WrappedTask):
     """Another task in the variable ``φ = θ / s``: its loss at ``θ = φ · s``.
 
     The scales ``s`` differ from copy to copy, so they travel at the front of the batch, one tensor per parameter.
     """
 
-    task: Task
     scales: Params = field(repr=False)
-
-    @property
-    def copies(self) -> int:  # type: ignore[override]
-        return self.task.copies
 
     def init(self, generator: Generator) -> Params:
         return {name: value / self.scales[name] for name, value in self.task.init(generator).items()}
@@ -110,8 +115,10 @@ class Reparametrized(TaskFamily):
     """Gives each tensor a scale of its own, log-uniform in ``tensor_scales``, in each copy; with
     ``coordinate_scales`` each coordinate one more.
 
-    A rule meta-trained on the reparametrised tasks cannot learn one particular scale of the parameters by heart
-    (random scaling of Lv et al., *Learning Gradient Descent: Better Generalization and Longer Horizons*, 2017, §4.1).
+    A rule meta-trained on the reparametrised tasks cannot learn one particular scale of the parameters by heart. The
+    random scaling of Lv et al., *Learning Gradient Descent: Better Generalization and Longer Horizons*, 2017
+    (arXiv:1703.03633, section 4.1), is ``tensor_scales=(1, 1)`` and ``coordinate_scales=(exp(-r), exp(r))``: each
+    coordinate times exp U(-r, r).
 
     >>> from learnedopt.tasks.regression import Regression
     >>> task = Reparametrized(Regression()).draw(torch.Generator().manual_seed(0), copies=2)
@@ -132,3 +139,85 @@ class Reparametrized(TaskFamily):
             if self.coordinate_scales is not None:
                 scales[name] = scales[name] * log_uniform_tensor(generator, self.coordinate_scales, value.shape)
         return ReparametrizedTask(task, scales)
+
+
+@dataclass(frozen=True)
+class RandomBatchSize(TaskFamily):
+    """Gives another family's tasks a batch size of its own choice, log-uniform in ``batch_sizes``.
+
+    It reaches through tasks that wrap others. A task without minibatches, a quadratic say, stays as it is.
+
+    >>> from learnedopt.tasks.mlp import MLPClassification
+    >>> family = RandomBatchSize(MLPClassification(), batch_sizes=(5, 5))
+    >>> family.draw(torch.Generator().manual_seed(0), copies=2)
+    MLP(digits, hidden=20, sigmoid, batch_size=5)
+    """
+
+    family: TaskFamily
+    batch_sizes: IntRange = (4, 256)
+
+    def draw(self, generator: Generator, copies: int) -> Task:
+        return _with_batch_size(self.family.draw(generator, copies), log_integer(generator, self.batch_sizes))
+
+
+def _with_batch_size(task: Task, size: int) -> Task:
+    if isinstance(task, WrappedTask):
+        return replace(task, task=_with_batch_size(task.task, size))
+    if is_dataclass(task) and "batch_size" in (own.name for own in fields(task)):
+        return replace(task, batch_size=size)
+    return task
+
+
+Precision = Literal["float32", "bfloat16", "float16"]
+_DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LowPrecisionTask(WrappedTask):
+    """Another task, its loss and gradients computed in ``precision`` from parameters and batches rounded to it.
+
+    Parameters, loss and gradients go in and come out as they are: an optimizer sees full-precision numbers that carry
+    the errors of low precision.
+    """
+
+    precision: Precision
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        like = next(iter(params.values()))
+        return self.task.loss(*self._rounded(params, batch)).to(like.dtype)
+
+    def accuracy(self, params: Params, batch: Batch) -> Tensor:
+        return self.task.accuracy(*self._rounded(params, batch))
+
+    def _rounded(self, params: Params, batch: Batch) -> tuple[Params, Batch]:
+        dtype = _DTYPES[self.precision]
+        rounded = tuple(item.to(dtype) if item.is_floating_point() else item for item in batch)
+        return {name: value.to(dtype) for name, value in params.items()}, rounded
+
+
+@dataclass(frozen=True)
+class LowPrecision(TaskFamily):
+    """Evaluates another family's tasks in a precision drawn from ``precisions``, without scaling of the loss.
+
+    In ``"float16"`` losses above 65,504 overflow and gradients below 6e-8 vanish, which scaled problems reach soon;
+    ``"bfloat16"`` keeps the range of single precision and has three significant digits. Raises ``ValueError`` for an
+    unknown precision.
+
+    >>> from learnedopt.tasks.quadratic import Quadratics
+    >>> task = LowPrecision(Quadratics()).draw(torch.Generator().manual_seed(0), copies=2)
+    >>> task.precision
+    'bfloat16'
+    """
+
+    family: TaskFamily
+    precisions: tuple[Precision, ...] = ("bfloat16",)
+
+    def __post_init__(self) -> None:
+        check_known("precision", self.precisions, _DTYPES)
+
+    def draw(self, generator: Generator, copies: int) -> LowPrecisionTask:
+        return LowPrecisionTask(self.family.draw(generator, copies), choice(generator, self.precisions))

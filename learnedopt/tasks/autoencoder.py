@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from learnedopt.data import ImageData, digits
 from learnedopt.tasks.base import Batch, Params, Split, Task, TaskFamily
 from learnedopt.tasks.draws import IntRange, Range, check_known, choice, log_integer, log_uniform, minibatch
-from learnedopt.tasks.layers import ACTIVATIONS, init_mlp, mlp
+from learnedopt.tasks.layers import ACTIVATIONS, COMMON_ACTIVATIONS, init_mlp, mlp
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Autoencoder(TaskFamily):
     hidden: tuple[int, ...] = (0, 1)
     widths: IntRange = (16, 48)
     codes: IntRange = (3, 16)
-    activations: tuple[str, ...] = tuple(ACTIVATIONS)
+    activations: tuple[str, ...] = COMMON_ACTIVATIONS
     reconstructions: tuple[Literal["mse", "bce"], ...] = ("mse", "bce")
     gains: Range = (0.5, 2.0)
     batch_sizes: IntRange = (8, 64)

@@ -68,7 +68,7 @@ class CharAttentionTask(CharacterTask):
     def _attend(self, qkv: Tensor) -> Tensor:
         """Causal attention of every head: ``(batch, length, 3 * width) -> (batch, length, width)``."""
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        future = torch.full((self.length, self.length), -math.inf, device=qkv.device).triu(1)
+        future = torch.full((self.length, self.length), -math.inf, dtype=qkv.dtype, device=qkv.device).triu(1)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         return (torch.softmax(scores + future, dim=-1) @ v).transpose(1, 2).flatten(2)
 

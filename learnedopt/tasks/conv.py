@@ -1,9 +1,8 @@
-"""Small convolutional nets on digits."""
+"""Small convolutional nets that classify images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +11,15 @@ from torch import Generator, Tensor
 from learnedopt.data import ImageData, digits
 from learnedopt.tasks.base import Batch, Params, Split, TaskFamily
 from learnedopt.tasks.draws import IntRange, Range, check_known, choice, integer, log_integer, log_uniform, minibatch
-from learnedopt.tasks.layers import ACTIVATIONS, ClassificationTask, weight
-
-Norm = Literal["none", "layer", "group", "batch"]
-_NORMS: tuple[Norm, ...] = get_args(Norm)
+from learnedopt.tasks.layers import (
+    ACTIVATIONS,
+    COMMON_ACTIVATIONS,
+    NORMS,
+    ClassificationTask,
+    Norm,
+    normalize,
+    weight,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +57,7 @@ class ConvTask(ClassificationTask):
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         for i in range(len(self.channels)):
-            x = F.conv2d(x, params[f"{i}.weight"], stride=2, padding=1)
-            if self.norm == "batch":
-                x = F.batch_norm(x, None, None, training=True)
-            elif self.norm != "none":
-                x = F.group_norm(x, 1 if self.norm == "layer" else 2)
+            x = normalize(F.conv2d(x, params[f"{i}.weight"], stride=2, padding=1), self.norm)
             if self.norm != "none":
                 x = x * params[f"{i}.norm"][:, None, None]
             x = ACTIVATIONS[self.activation](x + params[f"{i}.bias"][:, None, None])
@@ -78,14 +78,14 @@ class Conv(TaskFamily):
     data: ImageData = field(default_factory=digits)
     layers: IntRange = (1, 2)
     channels: tuple[int, ...] = (4, 6, 8)
-    norms: tuple[Norm, ...] = _NORMS
-    activations: tuple[str, ...] = tuple(ACTIVATIONS)
+    norms: tuple[Norm, ...] = NORMS
+    activations: tuple[str, ...] = COMMON_ACTIVATIONS
     gains: Range = (0.5, 2.0)
     batch_sizes: IntRange = (8, 32)
 
     def __post_init__(self) -> None:
         check_known("activation", self.activations, ACTIVATIONS)
-        check_known("norm", self.norms, _NORMS)
+        check_known("norm", self.norms, NORMS)
         if any(channels < 2 or channels % 2 for channels in self.channels):
             raise ValueError(f"channels must be even, as two groups need, got {self.channels}")
 

@@ -36,10 +36,15 @@ def log_uniform(generator: Generator, bounds: Range) -> float:
     return math.exp(uniform(generator, _logarithms(bounds)))
 
 
+def uniform_tensor(generator: Generator, bounds: Range, shape: Sequence[int]) -> Tensor:
+    """As :func:`uniform`, one number per element."""
+    low, high = _ordered(bounds)
+    return torch.rand(tuple(shape), generator=generator).mul(high - low).add(low)
+
+
 def log_uniform_tensor(generator: Generator, bounds: Range, shape: Sequence[int]) -> Tensor:
     """As :func:`log_uniform`, one number per element."""
-    low, high = _logarithms(bounds)
-    return torch.rand(tuple(shape), generator=generator).mul(high - low).add(low).exp()
+    return uniform_tensor(generator, _logarithms(bounds), shape).exp()
 
 
 def integer(generator: Generator, bounds: IntRange) -> int:

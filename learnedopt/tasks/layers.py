@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "sigmoid": torch.sigmoid,
     "elu": F.elu,
+    "leaky_relu": F.leaky_relu,
 }
+COMMON_ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid", "elu")
+"""What families draw from unless told otherwise. It stays as it is, so that a seed keeps meaning the same tasks."""
+
+Norm = Literal["none", "layer", "group", "batch"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
 
 
 def weight(generator: Generator, copies: int, *shape: int, fan_in: int, gain: float = 1.0) -> Tensor:
@@ -44,6 +51,19 @@ def mlp(params: Params, x: Tensor, activation: str) -> Tensor:
         if i < depth - 1:
             x = ACTIVATIONS[activation](x)
     return x
+
+
+def normalize(x: Tensor, norm: Norm) -> Tensor:
+    """``x`` with mean 0 and variance 1, ``(batch, channels, ...)`` as it came.
+
+    ``"batch"``: each channel, over the batch at hand (also on held-out data, so that there is no running state);
+    ``"layer"``: each example, over all of it; ``"group"``: each half of an example's channels; ``"none"``: as it is.
+    """
+    if norm == "none":
+        return x
+    if norm == "batch":
+        return F.batch_norm(x, None, None, training=True)
+    return F.group_norm(x, 1 if norm == "layer" else 2)
 
 
 class ClassificationTask(Task):

@@ -42,7 +42,7 @@ class MLP(ClassificationTask):
         return mlp(params, x, self.activation)
 
     def __repr__(self) -> str:
-        hidden = "-".join(map(str, self.hidden))
+        hidden = "-".join(map(str, self.hidden)) or "none"
         return f"MLP({self.data.name}, hidden={hidden}, {self.activation}, batch_size={self.batch_size})"
 
 

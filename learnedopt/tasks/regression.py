@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from learnedopt.tasks.base import Batch, Params, Split, Task, TaskFamily
 from learnedopt.tasks.draws import IntRange, Range, check_known, choice, integer, log_integer, log_uniform
-from learnedopt.tasks.layers import ACTIVATIONS, init_mlp, mlp, weight
+from learnedopt.tasks.layers import ACTIVATIONS, COMMON_ACTIVATIONS, init_mlp, mlp, weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Regression(TaskFamily):
     noises: tuple[float, ...] = (0.0, 0.1, 0.5)
     depths: IntRange = (1, 3)
     widths: IntRange = (8, 32)
-    activations: tuple[str, ...] = tuple(ACTIVATIONS)
+    activations: tuple[str, ...] = COMMON_ACTIVATIONS
     gains: Range = (0.5, 2.0)
     batch_sizes: IntRange = (8, 64)
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Generator
-from torch.func import grad, vmap
+from torch.func import grad, grad_and_value, vmap
 
-from learnedopt.tasks.augment import Mixture, Reparametrized, ScaledLoss
+from learnedopt.tasks.augment import (
+    LowPrecision,
+    Mixture,
+    Precision,
+    RandomBatchSize,
+    Reparametrized,
+    ReparametrizedTask,
+    ScaledLoss,
+)
 from learnedopt.tasks.autoencoder import Autoencoder
 from learnedopt.tasks.base import TaskFamily
 from learnedopt.tasks.conv import Conv, ConvTask
 from learnedopt.tasks.logistic import Logistic, LogisticTask
+from learnedopt.tasks.quadratic import Quadratics
 from learnedopt.tasks.regression import Regression, RegressionTask
 
 COPIES = 4
@@ -82,6 +91,53 @@ def test_wrapped_tasks_keep_their_accuracy() -> None:
     found = vmap(wrapped.accuracy)(wrapped.init(seeded(1)), wrapped.sample(seeded(1), "test"))
     torch.testing.assert_close(found, expected)
     assert wrapped.copies == COPIES and "ConvTask" in repr(wrapped)
+
+
+def test_batch_sizes_are_drawn_anew_through_every_wrapper() -> None:
+    family = RandomBatchSize(Reparametrized(ScaledLoss(Conv())), batch_sizes=(3, 9))
+    sizes = set()
+    for seed in range(40):
+        task = family.draw(seeded(seed), COPIES)
+        images, classes = task.sample(seeded(seed))[-2:]
+        assert images.shape[1] == classes.shape[1]
+        sizes.add(images.shape[1])
+        assert isinstance(task, ReparametrizedTask)
+    assert sizes == set(range(3, 10))
+
+
+def test_tasks_without_minibatches_keep_what_they_have() -> None:
+    plain, other = Quadratics().draw(seeded(), COPIES), RandomBatchSize(Quadratics()).draw(seeded(), COPIES)
+    assert all(torch.equal(a, b) for a, b in zip(plain.sample(seeded()), other.sample(seeded()), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
+def test_loss_and_gradients_carry_the_errors_of_low_precision(family: TaskFamily, precision: Precision) -> None:
+    plain = family.draw(seeded(), COPIES)
+    rough = LowPrecision(family, (precision,)).draw(seeded(), COPIES)
+    params, batch = plain.init(seeded(1)), plain.sample(seeded(1))
+    gradients, losses = vmap(grad_and_value(rough.loss))(params, batch)
+    exact = vmap(grad(plain.loss))(params, batch)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, vmap(plain.loss)(params, batch), rtol=0.05, atol=0.01)
+    dtype = getattr(torch, precision)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, gradient.to(dtype).float())  # it has no more digits than that precision
+        assert (gradient - exact[name]).norm() <= 0.1 * exact[name].norm() + 1e-3
+    assert any(not torch.equal(gradients[name], exact[name]) for name in exact)
+
+
+def test_single_precision_changes_nothing_and_every_precision_is_drawn() -> None:
+    family = LowPrecision(Conv(), ("float32", "bfloat16", "float16"))
+    drawn = {task.precision: task for task in (family.draw(seeded(seed), COPIES) for seed in range(20))}
+    assert set(drawn) == {"float32", "bfloat16", "float16"}
+    task = drawn["float32"]
+    params, batch = task.init(seeded(1)), task.sample(seeded(1))
+    torch.testing.assert_close(vmap(task.loss)(params, batch), vmap(task.task.loss)(params, batch), rtol=0, atol=0)
+    assert vmap(drawn["bfloat16"].accuracy)(params, batch).shape == (COPIES,)
+    with pytest.raises(ValueError, match="unknown precision 'fp8'"):
+        LowPrecision(Conv(), ("fp8",))  # type: ignore[arg-type]
 
 
 def test_mixture_draws_in_proportion_to_its_weights() -> None:
