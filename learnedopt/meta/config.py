@@ -23,7 +23,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 TEACHERS: dict[str, type[Teacher]] = {"adam-teacher": AdamTeacher, "sgd-teacher": SGDTeacher}
 """Every teacher by name, the one it has on the command line."""
 
-Backend = Literal["auto", "reference", "native"]
+Backend = Literal["auto", "reference", "native", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class MetaTrainConfig:
     """Windows with a non-finite meta-loss or meta-gradient are skipped; more than this many stop the run."""
     backend: Backend = "reference"
     """What computes the rule: ``"reference"``, the rule itself; ``"native"``, compiled kernels with the same results up
-    to rounding, on the CPU, not for estimators that perturb the weights; ``"auto"``, the faster that can be had."""
+    to rounding, on the CPU, not for estimators that perturb the weights; ``"compiled"``, ``torch.compile``, and on CUDA
+    captured graphs; ``"auto"``, native where it can be had, else the reference."""
     seed: int = 0
 
     def __post_init__(self) -> None:

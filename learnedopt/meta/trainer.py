@@ -14,8 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from learnedopt.kernels import extension
-from learnedopt.kernels.training import fused
+from learnedopt.meta.backends import computed
 from learnedopt.meta.config import MetaTrainConfig
 from learnedopt.meta.estimators import Estimator
 from learnedopt.meta.memory import copies_that_fit
@@ -97,7 +96,9 @@ class MetaTrainer:
             else AveragedModel(self.rule, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         )
         # Shares its parameters with the rule, so that gradients and updates are the rule's own.
-        self._computed, self.backend = _computed(self.rule, config)
+        self._computed, self.backend = computed(self.rule, config)
+        self._validated = copy.deepcopy(self.rule)
+        self._validated_as, _ = computed(self._validated, config)
         self.update = 0
         self.stage = 0
         self.skipped = 0
@@ -141,7 +142,9 @@ class MetaTrainer:
 
     def best_rule(self) -> UpdateRule:
         """The rule with the weights of the best validation so far."""
-        return self._with_weights(self.best_weights)
+        rule = copy.deepcopy(self.rule)
+        rule.load_state_dict(self.best_weights)
+        return rule
 
     def validate(self) -> float:
         """Mean over fixed validation tasks of the final loss: the last tenth of the steps, in the meta-objective.
@@ -150,7 +153,8 @@ class MetaTrainer:
         """
         config = self.config
         horizon = self._validation_horizon()
-        rule, _ = _computed(self._with_weights(self._weights()), config)
+        self._validated.load_state_dict(self._weights())
+        rule = self._validated_as
         scores = []
         with torch.no_grad():
             for index in self.ranks.mine(config.validation_episodes):
@@ -246,6 +250,7 @@ class MetaTrainer:
             slot = self._slots.get(index) or self._next(index)
             estimator = self._estimator(slot.imitates)
             length = estimator.steps(config.unroll_length, slot.horizon)
+            torch.compiler.cudagraph_mark_step_begin()  # the memory of captured windows before may be used again
             estimate, slot.episode = estimator.estimate(
                 self._computed, slot.episode, length, slot.generator, config.meta_objective
             )
@@ -374,11 +379,6 @@ class MetaTrainer:
         rule = self.rule if self.average is None else self.average.module
         return {name: value.detach().to("cpu", copy=True) for name, value in rule.state_dict().items()}
 
-    def _with_weights(self, weights: dict[str, Tensor]) -> UpdateRule:
-        rule = copy.deepcopy(self.rule)
-        rule.load_state_dict(weights)
-        return rule
-
     def _agreed_copies(self) -> int:
         """As many as the process with the least memory has room for."""
         return min(self.ranks.collect([copies_that_fit(self._computed, self.family, self.config)]))
@@ -405,11 +405,3 @@ def _generator(*key: int) -> Generator:
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in tensors.items()}
-
-
-def _computed(rule: UpdateRule, config: MetaTrainConfig) -> tuple[UpdateRule, str]:
-    """The rule as it is computed, sharing its parameters, and by what."""
-    suits = next(rule.parameters()).device.type == "cpu" and not config.estimator.perturbs_weights
-    if config.backend == "native" or (config.backend == "auto" and suits and extension.why_unavailable() is None):
-        return fused(rule), "native"
-    return rule, "reference"

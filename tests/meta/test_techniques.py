@@ -243,3 +243,21 @@ def test_episodes_have_random_numbers_of_their_own() -> None:
     assert [trainer._start(serial).generator.initial_seed() for serial in range(100)] == drawn
     other = MetaTrainer(RULE, FAMILY, replace(CONFIG, seed=1))
     assert not set(drawn) & {other._start(serial).generator.initial_seed() for serial in range(100)}
+
+
+@pytest.mark.skipif(extension.why_unavailable() is not None, reason=f"no compiler: {extension.why_unavailable()}")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's compiler itself
+def test_the_compiled_backend_trains_alike() -> None:
+    config = replace(CONFIG, updates=2, validate_every=2)
+    reference, records = finished(config)
+    trainer, compiled_records = finished(replace(config, backend="compiled"))
+    assert trainer.backend == "compiled"
+    for ours, theirs in zip(compiled_records, records):
+        assert ours["meta_loss"] == pytest.approx(theirs["meta_loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert trainer.best_score == pytest.approx(reference.best_score, rel=1e-3)
+
+
+def test_a_run_stops_where_it_is_told_to() -> None:
+    trainer = MetaTrainer(RULE, FAMILY, CONFIG)
+    assert len(list(trainer.run(stop=lambda: trainer.update >= 3))) == 4

@@ -1,0 +1,46 @@
+"""One step of a rule on a list of tensors, by whichever backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from learnedopt.kernels.base import Backend, Tensors
+from learnedopt.rules import UpdateRule
+
+
+def step(
+    backend: Backend,
+    rule: UpdateRule,
+    tensors: Tensors,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    loss: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    r"""Move parameters and advance their state by one step of ``rule``, in place.
+
+    .. math::
+        \theta \leftarrow (1 - \eta\lambda)\,\theta + \eta\, \Delta(\theta, g)
+
+    with :math:`\eta` = ``lr`` and :math:`\lambda` = ``weight_decay``.
+
+    Args:
+        backend: One that can serve, from :func:`~learnedopt.kernels.choose`.
+        rule: Frozen, on the tensors' device, in the dtype that is computed in.
+        lr: A tensor is 0-d and on the tensors' device.
+        loss: The training loss, 0-d and on the tensors' device.
+        skip: Where true, everything stays as it is bit for bit. 0-d, boolean and on the tensors' device.
+    """
+    # The host reads its own memory without waiting; a compiler, though, wants tensors to stay tensors.
+    if tensors.device.type == "cpu" and not torch.compiler.is_compiling():
+        lr = float(lr)
+        if skip is not None and skip:
+            return
+        skip = None
+    statistics, tensor_state = backend.statistics(rule, tensors, loss)
+    backend.update(rule, tensors, statistics, lr=lr, weight_decay=weight_decay, skip=skip)
+    for name, values in tensor_state.items():
+        for state, value in zip(tensors.states, values.unbind(-1)):
+            state[name].copy_(value if skip is None else torch.where(skip, state[name], value))

@@ -1,0 +1,454 @@
+// One step of a rule, in place, on many tensors: state, parameters and gradients are read and written once.
+#pragma once
+
+#include <atomic>
+
+#include "memory.h"
+#include "network.h"
+
+namespace learnedopt {
+
+// The coordinates' numbers in one tile.
+struct Tile {
+  Pieces pieces;
+  Buffer<float> param{LANES}, grad{LANES}, delta{LANES};
+};
+
+// Pointers to the elements of tensors that have one number per coordinate.
+template <class E>
+std::vector<E*> pointers(const TensorList& tensors) {
+  std::vector<E*> result;
+  for (const Tensor& tensor : tensors) result.push_back(tensor.mutable_data_ptr<E>());
+  return result;
+}
+
+// Calls f with a value of the type that tensors have in memory.
+template <class F>
+void with_dtype(at::ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case at::kFloat: return f(float{});
+    case at::kBFloat16: return f(at::BFloat16{});
+    case at::kHalf: return f(at::Half{});
+    default: TORCH_CHECK(false, "parameters and gradients must be float32, bfloat16 or float16, got ", dtype);
+  }
+}
+
+// The tensors of a step, parameters or gradients: those of each dtype in an array of their own.
+class Numbers {
+ public:
+  explicit Numbers(const TensorList& tensors) {
+    for (const Tensor& tensor : tensors) {
+      TORCH_CHECK(tensor.is_contiguous(), "parameters and gradients must be contiguous");
+      pointers_.push_back(tensor.data_ptr());
+      dtypes_.push_back(tensor.scalar_type());
+    }
+  }
+  void read(const Pieces& pieces, float* row) const {
+    for (const Piece& piece : pieces)
+      with_dtype(dtypes_[piece.tensor], [&](auto zero) {
+        using E = decltype(zero);
+        const E* p = static_cast<const E*>(pointers_[piece.tensor]) + piece.at;
+        for (int i = 0; i < piece.count; ++i) row[piece.lane + i] = static_cast<float>(p[i]);
+      });
+  }
+  void write(const float* row, const Pieces& pieces) const {
+    for (const Piece& piece : pieces)
+      with_dtype(dtypes_[piece.tensor], [&](auto zero) {
+        using E = decltype(zero);
+        E* p = static_cast<E*>(pointers_[piece.tensor]) + piece.at;
+        for (int i = 0; i < piece.count; ++i) p[i] = static_cast<E>(row[piece.lane + i]);
+      });
+  }
+
+ private:
+  std::vector<void*> pointers_;
+  std::vector<at::ScalarType> dtypes_;
+};
+
+inline std::vector<int64_t> sizes_of(const TensorList& tensors) {
+  std::vector<int64_t> sizes;
+  for (const Tensor& tensor : tensors) sizes.push_back(tensor.numel());
+  return sizes;
+}
+
+// Where states (layers, hidden, ...) and their scales (layers, ...) are; the coordinates of each row lie side by side.
+inline Memory memory(const TensorList& states, const TensorList& scales, const TensorList& params, int depth,
+                     int hidden) {
+  Memory::Kind kind = Memory::FLOAT32;
+  std::vector<Memory::Place> places;
+  for (size_t i = 0; i < states.size(); ++i) {
+    const Tensor& state = states[i];
+    kind = state.scalar_type() == at::kChar       ? Memory::INT8
+           : state.scalar_type() == at::kBFloat16 ? Memory::BFLOAT16
+                                                  : Memory::FLOAT32;
+    const bool coded = kind == Memory::INT8;
+    const int64_t n = params[i].numel();
+    TORCH_CHECK(state.numel() == depth * hidden * n && (!coded || scales[i].numel() == depth * n),
+                "a state does not have the shape of its parameter");
+    // Otherwise it is some coordinates of a larger tensor, (layers, hidden, n) and (layers, n).
+    const int64_t stride = state.is_contiguous() ? n : state.stride(1);
+    const int64_t scale_stride = !coded ? 0 : scales[i].is_contiguous() ? n : scales[i].stride(0);
+    places.push_back({static_cast<char*>(state.data_ptr()), stride,
+                      coded ? static_cast<uint16_t*>(scales[i].data_ptr()) : nullptr, scale_stride});
+  }
+  return Memory(kind, std::move(places), hidden);
+}
+
+// What all rules have in common.
+struct Step {
+  Step(const TensorList& params, const TensorList& grads, const TensorList& h, const TensorList& h_scale,
+       const TensorList& c, const TensorList& c_scale, const TensorList& weights, bool maximize, double lr,
+       double weight_decay)
+      : params(params),
+        grads(grads),
+        layout(sizes_of(params)),
+        network(weights, false),
+        h(memory(h, h_scale, params, network.depth(), network.hidden())),
+        c(memory(c, c_scale, params, network.depth(), network.hidden())),
+        maximize(maximize),
+        lr(lr),
+        decay(1.0 - lr * weight_decay) {
+    // So that autograd notices a graph whose parameters have changed.
+    for (const Tensor& param : params)
+      if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+  }
+
+  Numbers params, grads;
+  Layout layout;
+  Network<float> network;
+  Memory h, c;
+  bool maximize;
+  float lr, decay;
+
+  // A rule's `features` fills the rows of the first layer's inputs, and its `update` the tile's delta, given the top
+  // layer. Each thread has a copy of its own, and takes the next few tiles whenever it has done some.
+  template <class Rule>
+  void run(const Rule& shared) const {
+    constexpr int64_t COORDINATES = LEAST_TILES * LANES;
+    const int64_t total = layout.total(), threads = number_of_threads<float>(total);
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      Rule rule(shared);
+      Scratch scratch(network);
+      for (int64_t first; (first = next.fetch_add(COORDINATES)) < total;)
+        for (int64_t at = first; at < std::min(first + COORDINATES, total); at += LANES) run_tile(rule, at, scratch);
+    });
+  }
+
+ private:
+  struct Scratch {
+    explicit Scratch(const Network<float>& network)
+        : in(network.most_rows() * LANES),
+          next(network.most_rows() * LANES),
+          cells(network.hidden() * LANES),
+          memory(network.hidden()) {}
+    Tile tile;
+    Buffer<float> in, next, cells;
+    Memory::Scratch memory;
+  };
+
+  template <class Rule>
+  void run_tile(Rule& rule, int64_t at, Scratch& scratch) const {
+    Tile& tile = scratch.tile;
+    float *in = scratch.in.get(), *next = scratch.next.get(), *cells = scratch.cells.get();
+    layout.pieces(at, tile.pieces);
+    params.read(tile.pieces, tile.param.get());
+    grads.read(tile.pieces, tile.grad.get());
+    if (maximize)
+      for (int i = 0; i < LANES; ++i) tile.grad.get()[i] = -tile.grad.get()[i];
+    rule.features(tile, in);
+    for (int l = 0; l < network.depth(); ++l) {
+      const Layer<float>& layer = network.layers[l];
+      h.read(tile.pieces, l, in + layer.inputs * LANES, scratch.memory);
+      c.read(tile.pieces, l, cells, scratch.memory);
+      forward_tile<float>(layer, in, {cells, LANES}, {cells, LANES}, next, {}, h.ahead(tile.pieces, l),
+                          c.ahead(tile.pieces, l));
+      c.write(cells, tile.pieces, l, scratch.memory);
+      h.write(next, tile.pieces, l, scratch.memory);
+      std::swap(in, next);
+    }
+    rule.update(tile, in);
+    if (lr == 0.0f) return;
+    float *param = tile.param.get(), *delta = tile.delta.get();
+    for (int i = 0; i < LANES; ++i) param[i] = param[i] * decay + lr * delta[i];
+    params.write(param, tile.pieces);
+  }
+};
+
+// A linear layer that ends a rule: weight (outputs, inputs) and bias.
+class Readout {
+ public:
+  Readout(const Tensor& weight, const Tensor& bias) : outputs_(weight.size(0)), inputs_(weight.size(1)) {
+    const float *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
+    weight_.assign(w, w + outputs_ * inputs_);
+    bias_.assign(b, b + outputs_);
+  }
+  // Of the first `inputs` rows of a tile.
+  Vec<float> operator()(int output, const float* tile, int at, int inputs) const {
+    Vec<float> sum = broadcast(bias_[output]);
+    for (int k = 0; k < inputs; ++k) sum += weight_[output * inputs_ + k] * load(tile + k * LANES + at);
+    return sum;
+  }
+  float weight(int output, int input) const { return weight_[output * inputs_ + input]; }
+  int inputs() const { return inputs_; }
+
+ private:
+  int outputs_, inputs_;
+  std::vector<float> weight_, bias_;
+};
+
+// The two channels of a gradient.
+inline void log_sign(Vec<float> x, float p, float* magnitude, float* sign) {
+  const Vec<float> least = broadcast(std::exp(-p)), size = x < 0.0f ? -x : x;
+  store(magnitude, clamp(log_abs(size < least ? least : size) / p, -1.0f, HUGE_VALF));
+  store(sign, clamp(x * std::exp(p), -1.0f, 1.0f));
+}
+
+// LSTMRule
+struct LSTM {
+  Readout readout;
+  bool preprocess;
+  float p, output_scale;
+
+  void features(const Tile& tile, float* in) const {
+    for (int at = 0; at < LANES; at += WIDTH<float>) {
+      const Vec<float> grad = load(tile.grad.get() + at);
+      if (preprocess)
+        log_sign(grad, p, in + at, in + LANES + at);
+      else
+        store(in + at, grad);
+    }
+  }
+  void update(const Tile& tile, const float* top) const {
+    for (int at = 0; at < LANES; at += WIDTH<float>)
+      store(tile.delta.get() + at, output_scale * readout(0, top, at, readout.inputs()));
+  }
+};
+
+// What AdamLSTMRule keeps beside its LSTM, and what it makes of it and a gradient.
+struct Moments {
+  std::vector<float*> fast, slow, square;
+  float fast_decay, slow_decay, square_decay, eps;
+
+  struct Directions {
+    Vec<float> fast, slow, square, a, b, g;
+  };
+
+  // The new moments and the normalised directions, from gradients, old moments and bias corrections.
+  Directions operator()(Vec<float> grad, Vec<float> fast, Vec<float> slow, Vec<float> square, Vec<float> fast_factor,
+                        Vec<float> slow_factor, Vec<float> square_factor) const {
+    Directions out;
+    const float limit = 0.5f * std::sqrt(std::numeric_limits<float>::max());
+    grad = clamp(grad, -limit, limit);
+    out.fast = fast + (grad - fast) * (1.0f - fast_decay);
+    out.slow = slow + (grad - slow) * (1.0f - slow_decay);
+    out.square = square + (grad * grad - square) * (1.0f - square_decay);
+    const Vec<float> mean = clamp(out.square * square_factor, std::numeric_limits<float>::min(), HUGE_VALF);
+    const Vec<float> rms = square_root(mean) + eps;
+    out.a = out.fast * fast_factor / rms;
+    out.b = out.slow * slow_factor / rms;
+    out.g = grad / rms;
+    return out;
+  }
+};
+
+// Rows of a tile that hold a number of each coordinate's tensor: statistics (rows, tensors).
+inline void expand(const float* statistics, int64_t tensors, int rows, const Pieces& pieces, float* out) {
+  for (int row = 0; row < rows; ++row)
+    for (const Piece& piece : pieces)
+      std::fill_n(out + row * LANES + piece.lane, piece.count, statistics[row * tensors + piece.tensor]);
+}
+
+// AdamLSTMRule
+struct AdamLSTM {
+  static constexpr int CORRECTIONS = 3, SHARED = 4, OWN = 5;
+
+  Readout readout;
+  Moments moments;
+  const float* statistics;
+  int64_t tensors;
+  float nominal_step, log_step_gain, log_step_bound, mix_bound;
+  Buffer<float> rows{8 * LANES};  // corrections, old and new moments, a and b
+
+  AdamLSTM(Readout readout, Moments moments, const Tensor& statistics, double nominal_step, double log_step_gain,
+           double log_step_bound, double mix_bound)
+      : readout(std::move(readout)),
+        moments(std::move(moments)),
+        statistics(statistics.const_data_ptr<float>()),
+        tensors(statistics.size(1)),
+        nominal_step(nominal_step),
+        log_step_gain(log_step_gain),
+        log_step_bound(log_step_bound),
+        mix_bound(mix_bound) {}
+  AdamLSTM(const AdamLSTM& other)
+      : readout(other.readout),
+        moments(other.moments),
+        statistics(other.statistics),
+        tensors(other.tensors),
+        nominal_step(other.nominal_step),
+        log_step_gain(other.log_step_gain),
+        log_step_bound(other.log_step_bound),
+        mix_bound(other.mix_bound) {}
+
+  void features(const Tile& tile, float* in) const {
+    float *factors = rows.get(), *fast = factors + 3 * LANES, *slow = fast + LANES, *square = slow + LANES;
+    float *a = square + LANES, *b = a + LANES;
+    expand(statistics, tensors, CORRECTIONS, tile.pieces, factors);
+    expand(statistics + CORRECTIONS * tensors, tensors, SHARED, tile.pieces, in + OWN * LANES);
+    read_row(moments.fast, tile.pieces, fast);
+    read_row(moments.slow, tile.pieces, slow);
+    read_row(moments.square, tile.pieces, square);
+    for (int at = 0; at < LANES; at += WIDTH<float>) {
+      const Moments::Directions now =
+          moments(load(tile.grad.get() + at), load(fast + at), load(slow + at), load(square + at), load(factors + at),
+                  load(factors + LANES + at), load(factors + 2 * LANES + at));
+      store(fast + at, now.fast);
+      store(slow + at, now.slow);
+      store(square + at, now.square);
+      store(a + at, now.a);
+      store(b + at, now.b);
+      const Vec<float> own[OWN] = {now.a, now.b, now.g, now.a < 0.0f ? -now.a : now.a, now.b < 0.0f ? -now.b : now.b};
+      for (int k = 0; k < OWN; ++k) store(in + k * LANES + at, own[k]);
+    }
+    write_row(fast, tile.pieces, moments.fast);
+    write_row(slow, tile.pieces, moments.slow);
+    write_row(square, tile.pieces, moments.square);
+  }
+
+  void update(const Tile& tile, const float* top) const {
+    const float *a = rows.get() + 6 * LANES, *b = a + LANES;
+    auto bounded = [&](Vec<float> x, float bound) { return bound * tanh(x * (TANH_SCALE<float> / bound)).value; };
+    for (int at = 0; at < LANES; at += WIDTH<float>) {
+      Vec<float> out[3];
+      for (int k = 0; k < 3; ++k) out[k] = readout(k, top, at, readout.inputs());
+      const Vec<float> log_step = bounded(out[0] * log_step_gain, log_step_bound);
+      const Vec<float> direction =
+          (1.0f + bounded(out[1], mix_bound)) * load(a + at) + bounded(out[2], mix_bound) * load(b + at);
+      store(tile.delta.get() + at, -nominal_step * exp2_capped(log_step * 1.44269504f, 127.0f) * direction);
+    }
+  }
+};
+
+// MetaLSTMRule
+struct MetaLSTM {
+  Readout forget, input;
+  std::vector<float*> forget_state, input_state;
+  const float* statistics;
+  int64_t tensors;
+  float p, gradient_divisor;
+  bool feed_back_gate;
+
+  void features(const Tile& tile, float* in) const {
+    expand(statistics, tensors, 2, tile.pieces, in + 2 * LANES);
+    for (int at = 0; at < LANES; at += WIDTH<float>) {
+      const Vec<float> grad = load(tile.grad.get() + at) / gradient_divisor;
+      store(tile.grad.get() + at, grad);
+      log_sign(grad, p, in + at, in + LANES + at);
+    }
+  }
+
+  void update(const Tile& tile, const float* top) const {
+    alignas(64) float forgets[LANES], inputs[LANES];
+    gate(forget, forget_state, tile, top, forgets);
+    gate(input, input_state, tile, top, inputs);
+    for (int i = 0; i < LANES; ++i)
+      tile.delta.get()[i] = (forgets[i] - 1.0f) * tile.param.get()[i] - inputs[i] * tile.grad.get()[i];
+  }
+
+ private:
+  void gate(const Readout& gate, const std::vector<float*>& state, const Tile& tile, const float* top,
+            float* values) const {
+    alignas(64) float past[LANES] = {};
+    read_row(state, tile.pieces, past);
+    const int hidden = gate.inputs() - 2;
+    for (int at = 0; at < LANES; at += WIDTH<float>) {
+      const Vec<float> z = gate(0, top, at, hidden) + gate.weight(0, hidden) * load(tile.param.get() + at) +
+                           gate.weight(0, hidden + 1) * load(past + at);
+      const Vec<float> value = sigmoid(z * SIGMOID_SCALE<float>).value;
+      store(values + at, value);
+      store(past + at, feed_back_gate ? value : z);
+    }
+    write_row(past, tile.pieces, state);
+  }
+};
+
+inline void lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h, TensorList h_scale,
+                      TensorList c, TensorList c_scale, TensorList weights, double lr, double weight_decay,
+                      const Tensor& readout, const Tensor& bias, bool preprocess, double p, double output_scale) {
+  Step(params, grads, h, h_scale, c, c_scale, weights, maximize, lr, weight_decay)
+      .run(LSTM{Readout(readout, bias), preprocess, float(p), float(output_scale)});
+}
+
+inline void adam_lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h, TensorList h_scale,
+                           TensorList c, TensorList c_scale, TensorList weights, double lr, double weight_decay,
+                           TensorList fast, TensorList slow, TensorList square, const Tensor& statistics,
+                           const Tensor& readout, const Tensor& bias, double fast_decay, double slow_decay,
+                           double square_decay, double eps, double nominal_step, double log_step_gain,
+                           double log_step_bound, double mix_bound) {
+  const Moments moments{pointers<float>(fast), pointers<float>(slow),  pointers<float>(square), float(fast_decay),
+                        float(slow_decay),     float(square_decay), float(eps)};
+  Step(params, grads, h, h_scale, c, c_scale, weights, maximize, lr, weight_decay)
+      .run(AdamLSTM(Readout(readout, bias), moments, statistics, nominal_step, log_step_gain, log_step_bound,
+                    mix_bound));
+}
+
+// Sums over each tensor of param^2, a g and b^2: (3, tensors) in float64, so that their order hardly matters.
+inline Tensor adam_lstm_sums(TensorList params, TensorList grads, bool maximize, TensorList fast, TensorList slow,
+                             TensorList square, const Tensor& corrections, double fast_decay, double slow_decay,
+                             double square_decay, double eps) {
+  const Moments moments{pointers<float>(fast), pointers<float>(slow),  pointers<float>(square), float(fast_decay),
+                        float(slow_decay),     float(square_decay), float(eps)};
+  const Numbers values(params), gradients(grads);
+  const Layout layout(sizes_of(params));
+  const int64_t tensors = params.size(), chunks = number_of_threads<float>(layout.total());
+  std::vector<std::vector<double>> sums(chunks, std::vector<double>(3 * tensors));
+  for_chunks<float>(layout.total(), chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    Pieces pieces;
+    Buffer<float> rows(8 * LANES), products(3 * LANES);
+    auto row = [&](int k) { return rows.get() + k * LANES; };
+    for (int64_t at = begin; at < end; at += LANES) {
+      layout.pieces(at, pieces);
+      values.read(pieces, row(0));
+      gradients.read(pieces, row(1));
+      read_row(moments.fast, pieces, row(2));
+      read_row(moments.slow, pieces, row(3));
+      read_row(moments.square, pieces, row(4));
+      expand(corrections.const_data_ptr<float>(), tensors, 3, pieces, row(5));
+      for (int i = 0; i < LANES; i += WIDTH<float>) {
+        const Vec<float> param = load(row(0) + i), grad = load(row(1) + i);
+        const Moments::Directions now =
+            moments(maximize ? -grad : grad, load(row(2) + i), load(row(3) + i), load(row(4) + i), load(row(5) + i),
+                    load(row(6) + i), load(row(7) + i));
+        store(products.get() + i, param * param);
+        store(products.get() + LANES + i, now.a * now.g);
+        store(products.get() + 2 * LANES + i, now.b * now.b);
+      }
+      for (const Piece& piece : pieces)
+        for (int k = 0; k < 3; ++k) {
+          double sum = 0.0;
+          for (int i = 0; i < piece.count; ++i) sum += products.get()[k * LANES + piece.lane + i];
+          sums[chunk][k * tensors + piece.tensor] += sum;
+        }
+    }
+  });
+  Tensor result = at::empty({3, tensors}, at::kDouble);
+  for (int64_t i = 0; i < 3 * tensors; ++i) {
+    double sum = 0.0;
+    for (const std::vector<double>& part : sums) sum += part[i];
+    result.mutable_data_ptr<double>()[i] = sum;
+  }
+  return result;
+}
+
+inline void meta_lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h, TensorList h_scale,
+                           TensorList c, TensorList c_scale, TensorList weights, double lr, double weight_decay,
+                           TensorList forget_state, TensorList input_state, const Tensor& statistics,
+                           const Tensor& forget, const Tensor& forget_bias, const Tensor& input,
+                           const Tensor& input_bias, double p, double gradient_divisor, bool feed_back_gate) {
+  Step(params, grads, h, h_scale, c, c_scale, weights, maximize, lr, weight_decay)
+      .run(MetaLSTM{Readout(forget, forget_bias), Readout(input, input_bias), pointers<float>(forget_state),
+                    pointers<float>(input_state), statistics.const_data_ptr<float>(), statistics.size(1), float(p),
+                    float(gradient_divisor), feed_back_gate});
+}
+
+}  // namespace learnedopt
