@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from learnedopt import zoo
-from learnedopt.meta import MetaTrainingRun, load_recipe
+from learnedopt.meta import ESTIMATORS, MetaTrainingRun, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,8 +22,9 @@ def test_every_example_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert float(accuracy[1]) > 90
 
 
-def test_the_recipe_of_the_readme_trains(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(# mine\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("document", ["README.md", "docs/meta_training.md"])
+def test_the_recipe_of_a_document_trains(document: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(# mine\.py\n.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert len(blocks) == 1
     (tmp_path / "mine.py").write_text(blocks[0])
     recipe = load_recipe(tmp_path / "mine.py")
@@ -37,7 +38,22 @@ def test_the_readme_names_the_entries_of_the_zoo() -> None:
     assert set(zoo.list_entries()) <= set(listed)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md"])
+def test_the_guide_keeps_to_fifteen_lines() -> None:
+    (block,) = re.findall(r"```python\n# mine\.py\n(.*?)```", (ROOT / "docs/meta_training.md").read_text(), re.DOTALL)
+    code = [line for line in block.splitlines() if line.strip()]
+    assert len(code) <= 15
+
+
+def test_the_guide_names_every_estimator() -> None:
+    text = (ROOT / "docs/meta_training.md").read_text()
+    for name, estimator in ESTIMATORS.items():
+        assert f"| `{name}` | `{estimator.__name__}` |" in text
+
+
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_documents_lead_somewhere(document: str) -> None:
     path = ROOT / document
     targets = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
