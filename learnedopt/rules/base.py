@@ -61,8 +61,9 @@ class Segments:
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over each tensor: ``(..., N) -> (..., S)``; zero for an empty tensor."""
-        counts = x.new_tensor([max(count, 1) for count in self.counts] * self.copies)
-        return self.sum(x) / counts
+        # Filled on the device: a list would be copied to it, and the host would wait for that.
+        counts = torch.cat([x.new_full((1,), max(count, 1)) for count in self.counts])
+        return self.sum(x) / counts.repeat(self.copies)
 
     def expand(self, y: Tensor) -> Tensor:
         """Give each coordinate its tensor's value: ``(..., S) -> (..., N)``."""
