@@ -12,6 +12,10 @@ What is measured: the training loss at step T. On MNIST it is the loss of a mini
 over the steps T-9 to T to take out noise of the minibatches; beside it stands the loss of the 10,000 test images at
 the last step. A diverged run counts as an infinite loss. Intervals are 95 % bootstrap intervals over problems.
 
+On MNIST the LSTM has learned from a teacher, a hand-written optimizer with a schedule (``meta_training/mnist_mlp.py``).
+It is run too, as it is in the recipe. It counts as no baseline, since it is not tuned here, but whoever has it may ask
+what the LSTM adds.
+
 Results are saved after each optimizer. What is there and was made with the same settings is not run again, so that the
 whole may be run in pieces, and different settings at the same time; delete the JSON file to start afresh.
 """
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import platform
@@ -27,6 +32,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,14 +57,22 @@ from learnedopt.evaluation import (
     tune,
 )
 from learnedopt.evaluation.statistics import mean, median
+from learnedopt.meta import SGDTeacher, load_recipe
 from learnedopt.meta.recipe import source_commit
 from learnedopt.optim import LearnedOptimizer
-from learnedopt.rules import UpdateRule
 from learnedopt.tasks import MLPClassification, Quadratics, TaskFamily
 from learnedopt.zoo import load_rule, rule_fingerprint
 
 HAND_WRITTEN = ("sgd", "nag", "rmsprop", "adam")
-NAMES = {"sgd": "SGD", "nag": "NAG", "rmsprop": "RMSprop", "adam": "Adam", "lstm": "LSTM"}
+NAMES = {
+    "sgd": "SGD",
+    "nag": "NAG",
+    "rmsprop": "RMSprop",
+    "adam": "Adam",
+    "teacher": "the LSTM's teacher",
+    "lstm": "LSTM",
+}
+RECIPES = Path(__file__).parents[1] / "meta_training"
 STATISTICS: tuple[Literal["mean", "median"], ...] = ("mean", "median")
 SELECTION_SEED, REPORTING_SEED = 1, 2
 
@@ -82,6 +96,8 @@ class Setting:
     """How many problems run at once; part of what determines the problems."""
     test: tuple[Tensor, Tensor] | None = None
     """Inputs and classes on which the parameters after the last step are judged too."""
+    teacher: SGDTeacher | None = None
+    """What the LSTM has learned from."""
 
 
 def settings(names: Sequence[str], load_mnist: Callable[[], ImageData], problems: int) -> dict[str, Setting]:
@@ -112,6 +128,7 @@ def settings(names: Sequence[str], load_mnist: Callable[[], ImageData], problems
             selection_problems=20,
             chunk=20,
             test=(images.flatten(1), labels),
+            teacher=teacher_of(RECIPES / "mnist_mlp.py"),
         )
 
     makers: dict[str, Callable[[], Setting]] = {
@@ -140,6 +157,8 @@ def run_setting(setting: Setting, done: dict[str, Any], save: Callable[[dict[str
     }
     tuning = {"selection_problems": setting.selection_problems, "selection_seed": SELECTION_SEED, "grid": list(GRID)}
     configs = dict.fromkeys(HAND_WRITTEN, common | tuning) | {"lstm": common | {"sha256": rule_fingerprint(rule)}}
+    if setting.teacher is not None:
+        configs["teacher"] = common | {"teacher": repr(setting.teacher)}
     # Results of other problems cannot stand beside new ones.
     parts = {name: part for name, part in done.get("optimizers", {}).items() if part["config"] == configs[name]}
     done.update(title=setting.title, horizons=setting.horizons, window=setting.window, problems=setting.problems)
@@ -148,7 +167,12 @@ def run_setting(setting: Setting, done: dict[str, Any], save: Callable[[dict[str
         if name in parts:
             continue
         start = time.perf_counter()
-        results = run_lstm(rule, setting) if name == "lstm" else run_baseline(name, setting)
+        if name == "lstm":
+            results = run_once(name, setting, lambda params: LearnedOptimizer(params, rule=rule), stacked=False)
+        elif setting.teacher is not None and name == "teacher":
+            results = run_once(name, setting, partial(scheduled, setting.teacher), stacked=True)
+        else:
+            results = run_baseline(name, setting)
         seconds = round(time.perf_counter() - start, 1)
         parts[name] = {"config": config, **results, "seconds": seconds, "provenance": provenance(command)}
         save(done)
@@ -189,15 +213,38 @@ def run_baseline(name: str, setting: Setting) -> dict[str, Any]:
     return {"tuning": tuning, "entries": entries}
 
 
-def run_lstm(rule: UpdateRule, setting: Setting) -> dict[str, Any]:
-    """Run the LSTM once, and judge that run at every horizon."""
+def teacher_of(recipe: Path) -> SGDTeacher | None:
+    imitation = load_recipe(recipe).training.imitation
+    teacher = None if imitation is None else imitation.teacher
+    return teacher if isinstance(teacher, SGDTeacher) else None
 
-    def make(params: Iterable[Tensor]) -> Optimizer:
-        return LearnedOptimizer(params, rule=rule)
 
-    with tqdm(desc=f"{setting.title}: {NAMES['lstm']}", total=1, unit="run") as bar:
-        steps = max(setting.horizons)
-        result = run_problems(setting.family, make, setting.problems, steps, REPORTING_SEED, chunk=setting.chunk)
+def scheduled(teacher: SGDTeacher, params: Iterable[Tensor]) -> Optimizer:
+    """The teacher with its schedule, as an optimizer of parameters."""
+    optimizer = torch.optim.SGD(params, lr=teacher.lr, momentum=teacher.momentum, nesterov=teacher.nesterov)
+    steps = itertools.count()
+
+    def set_rate(optimizer: Optimizer, *arguments: Any) -> None:
+        optimizer.param_groups[0]["lr"] = teacher.lr_at(next(steps))
+
+    optimizer.register_step_pre_hook(set_rate)
+    return optimizer
+
+
+def run_once(
+    name: str, setting: Setting, make: Callable[[Iterable[Tensor]], Optimizer], stacked: bool
+) -> dict[str, Any]:
+    """Run what is not tuned, and judge that run at every horizon."""
+    with tqdm(desc=f"{setting.title}: {NAMES[name]}", total=1, unit="run") as bar:
+        result = run_problems(
+            setting.family,
+            make,
+            setting.problems,
+            max(setting.horizons),
+            REPORTING_SEED,
+            chunk=setting.chunk,
+            stacked=stacked,
+        )
         bar.update()
     entries = [
         {"lr": None, "tuned_for": list(STATISTICS), **judge(setting, result, horizon)} for horizon in setting.horizons
@@ -315,11 +362,16 @@ def verdict(parts: dict[str, Any], horizon: int, statistic: Literal["mean", "med
     if not baselines:
         return f"- {statistic}: no baseline has been run."
     best = min(baselines, key=lambda name: float(average(values[name])))
-    ratio = paired_ratio(average, values["lstm"], values[best])
-    where = "below" if ratio.value < 1 else "not below"
-    if ratio.low <= 1 <= ratio.high:
-        where += " (the interval includes 1)"
-    return f"- {statistic}: the LSTM is {where} the best tuned baseline, {NAMES[best]}; paired ratio {interval(ratio)}."
+
+    def against(name: str) -> str:
+        ratio = paired_ratio(average, values["lstm"], values[name])
+        where = "below" if ratio.value < 1 else "not below"
+        if ratio.low <= 1 <= ratio.high:
+            where += " (the interval includes 1)"
+        return f"{where} {{}}; paired ratio {interval(ratio)}"
+
+    text = f"- {statistic}: the LSTM is " + against(best).format(f"the best tuned baseline, {NAMES[best]}")
+    return text + (", and " + against("teacher").format("its teacher") if "teacher" in values else "") + "."
 
 
 def picture(results: dict[str, Any], file: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from benchmarks import l2l_figures
 from benchmarks.l2l_figures import Setting
 from learnedopt.data import digits
+from learnedopt.meta import SGDTeacher
 from learnedopt.rules import LSTMConfig, LSTMRule
 from learnedopt.tasks import MLPClassification, Quadratics
 from learnedopt.zoo import save_rule
@@ -37,6 +38,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setting]:
         selection_problems=2,
         chunk=2,
         test=(images.flatten(1), labels),
+        teacher=SGDTeacher(lr=0.5, decay_steps=3.0),
     )
     return {"quadratic": quadratic, "digits": network}
 
@@ -74,7 +76,7 @@ def test_it_runs_and_the_raw_results_give_the_same_table_again(finished: Path) -
 
 def test_the_raw_results_hold_every_problem_the_whole_grid_and_where_they_come_from(finished: Path) -> None:
     parts = read(finished)["digits"]["optimizers"]
-    assert parts.keys() == {"sgd", "nag", "rmsprop", "adam", "lstm"}
+    assert parts.keys() == {"sgd", "nag", "rmsprop", "adam", "teacher", "lstm"}
     for name, part in parts.items():
         assert part["provenance"]["command"] == "the command"
         assert part["provenance"]["torch"] == torch.__version__
@@ -85,7 +87,7 @@ def test_the_raw_results_hold_every_problem_the_whole_grid_and_where_they_come_f
                 if horizon == 6:
                     assert len(entry["test_values"]) == 3
                     assert len(entry["curves"]["median"]) == 7
-                if name != "lstm":
+                if name in l2l_figures.HAND_WRITTEN:
                     (tuned,) = (t for t in part["tuning"] if (t["horizon"], t["statistic"]) == (horizon, statistic))
                     assert len(tuned["scores"]) >= 14
                     scores = {lr: torch.inf if score is None else score for lr, score in tuned["scores"]}
@@ -147,3 +149,20 @@ def test_mnist_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         l2l_figures.main(["--settings", "mnist"])
     assert "--root" in capsys.readouterr().err
+
+
+def test_the_teacher_follows_its_schedule_and_is_no_baseline(finished: Path) -> None:
+    teacher = SGDTeacher(lr=0.5, momentum=0.0, nesterov=False, decay_steps=3.0)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer, steps = l2l_figures.scheduled(teacher, [weight]), []
+    for _ in range(4):
+        before = weight.item()
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        steps.append(before - weight.item())
+    assert steps == pytest.approx([0.5, 0.375, 0.3, 0.25])
+
+    table = finished.with_suffix(".md").read_text(encoding="utf-8")
+    assert table.count("| the LSTM's teacher | untuned |") == 2
+    assert table.count("its teacher; paired ratio") == 4
+    assert "best tuned baseline, the LSTM's teacher" not in table

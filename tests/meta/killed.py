@@ -12,7 +12,9 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ RECIPE = Recipe(
     "small problems",
     LSTMConfig(hidden_size=3),
     MetaTrainConfig(
-        updates=200,
+        updates=300,
         unroll_length=3,
         horizon=(3, 12),
         curriculum_updates=60,
@@ -54,26 +56,44 @@ RECIPE = Recipe(
 )
 
 
-def start(folder: Path, processes: int, life: int) -> list[int]:
-    """Fork the processes of a run; their process numbers."""
-    return [pid for rank in range(processes) if (pid := _fork(folder, processes, rank, life))]
+@dataclass(frozen=True)
+class Doom:
+    """When a process is to be killed: so many seconds after it has done so many updates."""
+
+    updates: int
+    seconds: float
 
 
-def _fork(folder: Path, processes: int, rank: int, life: int) -> int:
+def start(folder: Path, processes: int, life: int, doom: Doom | None = None) -> list[int]:
+    """Fork the processes of a run, one of them doomed if any is; their process numbers, that one's first."""
+    doomed = random.randrange(processes)
+    pids = [_fork(folder, processes, rank, life, doom if rank == doomed else None) for rank in range(processes)]
+    return [pids[doomed], *pids[:doomed], *pids[doomed + 1 :]]
+
+
+def _fork(folder: Path, processes: int, rank: int, life: int, doom: Doom | None) -> int:
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         torch.set_num_threads(1)
+        if doom is not None and doom.updates == 0:
+            _kill_in(doom.seconds)
         if processes > 1:
             meeting = folder.with_name(f"{folder.name}-{life}")
             dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
-        for _ in MetaTrainingRun(RECIPE, folder).run():
-            pass
+        for count, _ in enumerate(MetaTrainingRun(RECIPE, folder).run(), start=1):
+            if doom is not None and doom.updates == count:
+                _kill_in(doom.seconds)
         status = 0
     finally:
         os._exit(status)
+
+
+def _kill_in(seconds: float) -> None:
+    """From another thread, so that it may happen in the middle of anything."""
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 def finish(pids: list[int]) -> bool:
@@ -81,25 +101,15 @@ def finish(pids: list[int]) -> bool:
     return statuses == [0] * len(pids)
 
 
-def kill(pids: list[int]) -> bool:
-    """Kill the processes, one a moment before the others; whether any was still running."""
-    running = [pid for pid in pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
-    random.shuffle(running)
-    for pid in running:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+def bury(pids: list[int]) -> bool:
+    """Wait for the doomed process, kill the others a moment later; whether it was killed before it was done."""
+    killed = os.WIFSIGNALED(os.waitpid(pids[0], 0)[1])
+    for pid in pids[1:]:
         time.sleep(0.002)
-    return bool(running)
-
-
-def wait_for_checkpoints(folder: Path, count: int, limit: float = 60.0) -> None:
-    """Until so many more have been written than there are now."""
-    file, seen, until = folder / "checkpoint.pt", 0, time.perf_counter() + limit
-    last = file.stat().st_mtime_ns if file.exists() else None
-    while seen < count and time.perf_counter() < until:
-        time.sleep(0.001)
-        now = file.stat().st_mtime_ns if file.exists() else None
-        seen, last = seen + (now != last), now
+        if killed:
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return killed
 
 
 def same(one: Any, other: Any) -> bool:
@@ -118,22 +128,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def main(folder: Path, processes: int, kills: int) -> dict[str, Any]:
     random.seed(0)
-    started = time.perf_counter()
-    pids = start(folder / "whole", processes, 0)
-    wait_for_checkpoints(folder / "whole", 1)
-    first = time.perf_counter() - started
-    finished = [finish(pids)]
-    interval = (time.perf_counter() - started - first) / (RECIPE.training.updates / RECIPE.checkpoint_every)
+    finished = [finish(start(folder / "whole", processes, 0))]
     reached, done = [], 0
-    for life in range(2 * kills):
-        if done == kills:
-            break
-        pids = start(folder / "killed", processes, life)
-        checkpoints = random.choice([0, 1, 1, 2])
-        if checkpoints:
-            wait_for_checkpoints(folder / "killed", checkpoints)
-        time.sleep(random.uniform(0.0, 2.0 * interval if checkpoints else first))
-        done += kill(pids)
+    for life in range(kills):
+        # One in four dies while it starts or reads its checkpoint.
+        updates = random.choice([0, *random.choices(range(1, 9), k=3)])
+        doom = Doom(updates, random.uniform(0.0, 0.02 if updates else 0.2))
+        done += bury(start(folder / "killed", processes, life, doom))
         log = folder / "killed" / "log.jsonl"
         reached.append(log.read_bytes().count(b"\n") if log.exists() else 0)
     finished.append(finish(start(folder / "killed", processes, -1)))
