@@ -20,7 +20,10 @@ _SOURCES = ("native.cpp",)
 _HEADERS = ("lstm.h", "memory.h", "network.h", "simd.h", "step.h", "training.h")
 _LIBRARY = "learnedopt.so"
 # Warnings are off because GCC 12 gives false ones for its own vector intrinsics.
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-w")
+_FLAGS = (
+    *("-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-fopenmp", "-fPIC", "-shared", "-w"),
+)
 
 
 def why_unavailable() -> str | None:

@@ -58,14 +58,13 @@ struct Ahead {
   }
 };
 
-// acc[r][:] += sum over k of a[k][r] * x[k][:], with a packed and x a tile of k_count rows.
+// acc[r] += sum over k of a[k][r] * x[k], with a packed and x a tile of k_count rows.
 template <class S, int R>
-inline void product(Vec<S> (&acc)[R][COLS], const S* __restrict a, const S* __restrict x, int k_count) {
+ALWAYS_INLINE void product(Row<S> (&acc)[R], const S* __restrict a, const S* __restrict x, int k_count) {
   for (int k = 0; k < k_count; ++k, a += R, x += TILE<S>) {
-    Vec<S> column[COLS];
-    for (int j = 0; j < COLS; ++j) column[j] = load(x + j * WIDTH<S>);
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < COLS; ++j) acc[r][j] += a[r] * column[j];
+    const Row<S> row = load_row(x);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) FOR_COLUMNS acc[r].v[j] += a[r] * row.v[j];
   }
 }
 
@@ -146,11 +145,10 @@ struct Layer {
 
 // The pre-activations of some units, from a tile of inputs and hidden states.
 template <class S, int U>
-inline void preactivations(Vec<S> (&acc)[4 * U][COLS], const Layer<S>& layer, int unit, const S* in) {
+ALWAYS_INLINE void preactivations(Row<S> (&acc)[4 * U], const Layer<S>& layer, int unit, const S* in) {
   const S* panel = layer.panel(unit);
   const S* bias = panel + layer.rows() * 4 * U;
-  for (int r = 0; r < 4 * U; ++r)
-    for (int j = 0; j < COLS; ++j) acc[r][j] = broadcast(bias[r]);
+  for (int r = 0; r < 4 * U; ++r) acc[r] = broadcast_row(bias[r]);
   product(acc, panel, in, layer.rows());
 }
 
@@ -159,24 +157,23 @@ inline void preactivations(Vec<S> (&acc)[4 * U][COLS], const Layer<S>& layer, in
 template <class S>
 inline void forward_tile(const Layer<S>& layer, const S* in, Rows<const S> c, Rows<S> c_out, S* h_tile, Rows<S> h_out,
                          Ahead next_h, Ahead next_c) {
-  in_units(layer.hidden, [&](int unit, auto group) {
+  in_units(layer.hidden, [&](int first, auto group) {
     constexpr int U = decltype(group)::value;
-    for (int u = unit; u < unit + U; ++u) {
-      next_h.fetch(u);
-      next_c.fetch(u);
+    for (int unit = first; unit < first + U; ++unit) {
+      next_h.fetch(unit);
+      next_c.fetch(unit);
     }
-    Vec<S> acc[4 * U][COLS];
-    preactivations<S, U>(acc, layer, unit, in);
-    for (int u = 0; u < U; ++u)
-      for (int j = 0; j < COLS; ++j) {
-        const int at = j * WIDTH<S>;
-        Vec<S> cell, hidden;
-        activate(acc[4 * u][j], acc[4 * u + 1][j], acc[4 * u + 2][j], acc[4 * u + 3][j], load(c[unit + u] + at), cell,
-                 hidden);
-        store(c_out[unit + u] + at, cell);
-        store(h_tile + (unit + u) * TILE<S> + at, hidden);
-        if (h_out.p) store(h_out[unit + u] + at, hidden);
-      }
+    Row<S> acc[4 * U];
+    preactivations<S, U>(acc, layer, first, in);
+    for (int u = 0; u < U; ++u) {
+      const int unit = first + u;
+      const Row<S>* gates = acc + 4 * u;
+      Row<S> cell, hidden;
+      activate(gates[0], gates[1], gates[2], gates[3], load_row(c[unit]), cell, hidden);
+      store_row(c_out[unit], cell);
+      store_row(h_tile + unit * TILE<S>, hidden);
+      if (h_out.p) store_row(h_out[unit], hidden);
+    }
   });
 }
 
@@ -186,40 +183,38 @@ template <class S>
 inline void backward_gates(const Layer<S>& layer, const S* in, Rows<const S> c, Rows<const S> d_hidden,
                            Rows<const S> d_above, Rows<const S> d_cell, S* d_gates, Rows<S> d_cell_out,
                            const std::array<Ahead, 5>& next) {
-  in_units(layer.hidden, [&](int unit, auto group) {
+  in_units(layer.hidden, [&](int first, auto group) {
     constexpr int U = decltype(group)::value;
-    for (int u = unit; u < unit + U; ++u)
-      for (const Ahead& rows : next) rows.fetch(u);
-    Vec<S> acc[4 * U][COLS];
-    preactivations<S, U>(acc, layer, unit, in);
+    for (int unit = first; unit < first + U; ++unit)
+      for (const Ahead& rows : next) rows.fetch(unit);
+    Row<S> acc[4 * U];
+    preactivations<S, U>(acc, layer, first, in);
     for (int u = 0; u < U; ++u) {
-      S* out = d_gates + 4 * (unit + u) * TILE<S>;
-      for (int j = 0; j < COLS; ++j) {
-        const int at = j * WIDTH<S>;
-        const Vec<S> old = load(c[unit + u] + at);
-        const Dual<S> i = sigmoid(acc[4 * u][j]), f = sigmoid(acc[4 * u + 1][j]), g = tanh(acc[4 * u + 2][j]),
-                      o = sigmoid(acc[4 * u + 3][j]), top = tanh((f.value * old + i.value * g.value) * TANH_SCALE<S>);
-        const Vec<S> dh = load(d_hidden[unit + u] + at) + load(d_above[unit + u] + at);
-        const Vec<S> dc = load(d_cell[unit + u] + at) + dh * o.value * top.slope;
-        store(out + at, dc * g.value * i.slope);
-        store(out + TILE<S> + at, dc * old * f.slope);
-        store(out + 2 * TILE<S> + at, dc * i.value * g.slope);
-        store(out + 3 * TILE<S> + at, dh * top.value * o.slope);
-        store(d_cell_out[unit + u] + at, dc * f.value);
-      }
+      const int unit = first + u;
+      const Row<S>* gates = acc + 4 * u;
+      const Row<S> old = load_row(c[unit]);
+      const Dual<S> i = sigmoid(gates[0]), f = sigmoid(gates[1]), g = tanh(gates[2]), o = sigmoid(gates[3]);
+      const Dual<S> top = tanh((f.value * old + i.value * g.value) * TANH_SCALE<S>);
+      const Row<S> dh = load_row(d_hidden[unit]) + load_row(d_above[unit]);
+      const Row<S> dc = load_row(d_cell[unit]) + dh * o.value * top.slope;
+      S* out = d_gates + 4 * unit * TILE<S>;
+      store_row(out, dc * g.value * i.slope);
+      store_row(out + TILE<S>, dc * old * f.slope);
+      store_row(out + 2 * TILE<S>, dc * i.value * g.slope);
+      store_row(out + 3 * TILE<S>, dh * top.value * o.slope);
+      store_row(d_cell_out[unit], dc * f.value);
     }
   });
 }
 
-// out[k][:] = sum over rows r of weights[r][k] * d_gates[r][:], for `count` rows k.
+// out[k] = sum over rows r of weights[r][k] * d_gates[r], for `count` rows k.
 template <class S>
 inline void backward_rows(const std::vector<S>& transposed, int count, int hidden, const S* d_gates, Rows<S> out) {
   in_pieces(count, [&](int start, auto size) {
     constexpr int R = decltype(size)::value;
-    Vec<S> acc[R][COLS] = {};
+    Row<S> acc[R] = {};
     product(acc, transposed.data() + start * 4 * hidden, d_gates, 4 * hidden);
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < COLS; ++j) store(out[start + r] + j * WIDTH<S>, acc[r][j]);
+    for (int r = 0; r < R; ++r) store_row(out[start + r], acc[r]);
   });
 }
 

@@ -2,8 +2,6 @@
 // bfloat16 or in eight bits.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
 #include "lstm.h"
 
 namespace learnedopt {
@@ -67,16 +65,6 @@ struct Lanes {
   typedef E Vec __attribute__((vector_size(WIDTH<float> * sizeof(E)), aligned(alignof(E)), may_alias));
 };
 
-using Ints = Simd<float>::IntVec;
-
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
 inline Vec<float> load_bf16(const uint16_t* p) {
   const auto narrow = *reinterpret_cast<const Lanes<uint16_t>::Vec*>(p);
   return bit_cast<Vec<float>>(__builtin_convertvector(narrow, Ints) << 16);
@@ -107,6 +95,18 @@ inline void store_codes(int8_t* p, Ints codes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(codes)));
 #else
   *reinterpret_cast<Lanes<int8_t>::Vec*>(p) = __builtin_convertvector(codes, Lanes<int8_t>::Vec);
+#endif
+}
+
+// The square root of numbers that are not negative, within a few units in the last place; faster than the exact one.
+inline Vec<float> fast_square_root(Vec<float> x) {
+#if defined(__AVX512F__)
+  x = Vec<float>(_mm512_max_ps(__m512(x), __m512(broadcast(1e-30f))));
+  const Vec<float> y = Vec<float>(_mm512_rsqrt14_ps(__m512(x))), root = x * y;
+  return root + root * (0.5f - 0.5f * root * y);
+#else
+  for (int lane = 0; lane < WIDTH<float>; ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
 #endif
 }
 

@@ -171,7 +171,7 @@ class _Batch:
 
     def columns(self, statistics: Tensor) -> Tensor:
         """The statistics of these tensors."""
-        return statistics if len(self.indices) == statistics.shape[1] else statistics[:, self.indices].contiguous()
+        return (statistics if len(self.indices) == statistics.shape[1] else statistics[:, self.indices]).contiguous()
 
     def write_params(self) -> None:
         for original, param in zip(self.originals, self.params):

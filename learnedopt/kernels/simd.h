@@ -7,12 +7,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
 namespace learnedopt {
+
+#define ALWAYS_INLINE [[gnu::always_inline]] inline
 
 // A micro-tile is UNITS units with their four gates times COLS vectors of coordinates: as many accumulators as leave
 // room among the registers for a column of inputs and one weight.
@@ -61,6 +64,92 @@ inline Vec<S> broadcast(S value) {
   return value - Vec<S>{};
 }
 
+using Ints = Simd<float>::IntVec;
+
+template <class To, class From>
+ALWAYS_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// A row of a tile. Its vectors go through every operation side by side: the steps of a nonlinearity wait for each
+// other, and the processor finds independent work only close by.
+template <class S>
+struct Row {
+  Vec<S> v[COLS];
+};
+
+#define FOR_COLUMNS _Pragma("GCC unroll 8") for (int j = 0; j < COLS; ++j)
+
+template <class S>
+ALWAYS_INLINE Row<S> load_row(const S* p) {
+  Row<S> row;
+  FOR_COLUMNS row.v[j] = load(p + j * WIDTH<S>);
+  return row;
+}
+
+template <class S>
+ALWAYS_INLINE void store_row(S* p, const Row<S>& row) {
+  FOR_COLUMNS store(p + j * WIDTH<S>, row.v[j]);
+}
+
+template <class S>
+ALWAYS_INLINE Row<S> broadcast_row(S value) {
+  Row<S> row;
+  FOR_COLUMNS row.v[j] = broadcast(value);
+  return row;
+}
+
+// f of each vector.
+template <class S, class F>
+ALWAYS_INLINE Row<S> map(const Row<S>& a, F&& f) {
+  Row<S> row;
+  FOR_COLUMNS row.v[j] = f(a.v[j]);
+  return row;
+}
+
+#define ROW_OPERATOR(op)                                               \
+  template <class S>                                                   \
+  ALWAYS_INLINE Row<S> operator op(const Row<S>& a, const Row<S>& b) { \
+    Row<S> row;                                                        \
+    FOR_COLUMNS row.v[j] = a.v[j] op b.v[j];                           \
+    return row;                                                        \
+  }                                                                    \
+  template <class S>                                                   \
+  ALWAYS_INLINE Row<S> operator op(S a, const Row<S>& b) {             \
+    return map(b, [a](Vec<S> v) { return a op v; });                   \
+  }                                                                    \
+  template <class S>                                                   \
+  ALWAYS_INLINE Row<S> operator op(const Row<S>& a, S b) {             \
+    return map(a, [b](Vec<S> v) { return v op b; });                   \
+  }
+ROW_OPERATOR(+)
+ROW_OPERATOR(-)
+ROW_OPERATOR(*)
+ROW_OPERATOR(/)
+#undef ROW_OPERATOR
+
+template <class S>
+ALWAYS_INLINE Row<S> operator-(const Row<S>& a) {
+  return map(a, [](Vec<S> v) { return -v; });
+}
+
+template <class S>
+ALWAYS_INLINE Row<S> absolute(const Row<S>& a) {
+  return map(a, [](Vec<S> v) { return v < S(0) ? -v : v; });
+}
+
+// a within [low, high]; NaN stays NaN.
+ALWAYS_INLINE Row<float> clamp(const Row<float>& a, float low, float high) {
+  const Vec<float> bottom = broadcast(low), top = broadcast(high);
+  return map(a, [=](Vec<float> v) {
+    v = v < bottom ? bottom : v;
+    return v > top ? top : v;
+  });
+}
+
 // Takes from two vectors by turns, from their lower or their upper halves.
 template <class S>
 inline Vec<S> interleave(Vec<S> a, Vec<S> b, bool upper) {
@@ -90,49 +179,69 @@ inline void transpose(Vec<S> (&square)[WIDTH<S>]) {
 }
 
 // 2^t for t <= limit, and 2^limit beyond; NaN stays NaN. Relative error below 2e-7; 2^n is exact.
-inline Vec<float> exp2_capped(Vec<float> t, float limit) {
+ALWAYS_INLINE Row<float> exp2_capped(Row<float> t, float limit) {
   using V = Vec<float>;
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  t = V(_mm512_min_ps(__m512(broadcast(limit)), __m512(t)));  // of two operands it returns the second where one is NaN
-  V r = V(_mm512_reduce_ps(__m512(t), 0x09));                 // t - floor(t)
+  // Of two operands min returns the second where one is NaN.
+  t = map(t, [=](V v) { return V(_mm512_min_ps(__m512(broadcast(limit)), __m512(v))); });
+  const Row<float> r = map(t, [](V v) { return V(_mm512_reduce_ps(__m512(v), 0x09)); });  // t - floor(t)
 #else
-  const V top = broadcast(limit), bottom = broadcast(-126.0f);
-  t = t > top ? top : t;
-  t = t < bottom ? bottom : t;
+  t = clamp(t, -126.0f, limit);
   // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
-  V shifted = (t - 0.5f) + 12582912.0f;
-  V r = t - (shifted - 12582912.0f);
+  const Row<float> shifted = (t - 0.5f) + 12582912.0f, r = t - (shifted - 12582912.0f);
 #endif
   // 2^r on [0, 1], minimax among the polynomials that are exact at both ends.
-  V p = 0.001879319f * r + 0.008990994f;
+  Row<float> p = r * 0.001879319f + 0.008990994f;
   p = p * r + 0.055818677f;
   p = p * r + 0.24015927f;
   p = p * r + 0.6931517f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return V(_mm512_scalef_ps(__m512(p), __m512(t)));
+  FOR_COLUMNS p.v[j] = V(_mm512_scalef_ps(__m512(p.v[j]), __m512(t.v[j])));
 #else
-  typename Simd<float>::IntVec bits, exponent;
-  std::memcpy(&bits, &p, sizeof p);
-  std::memcpy(&exponent, &shifted, sizeof p);
-  bits += exponent << 23;
-  std::memcpy(&p, &bits, sizeof p);
-  return p;
+  FOR_COLUMNS p.v[j] = bit_cast<V>(bit_cast<Ints>(p.v[j]) + (bit_cast<Ints>(shifted.v[j]) << 23));
 #endif
+  return p;
 }
 
-// 1 / a for 1 <= a <= 2^125 or NaN.
-inline Vec<float> reciprocal(Vec<float> a) {
-  using V = Vec<float>;
+// 1 / a for 1 <= a <= 2^126 or NaN.
+ALWAYS_INLINE Row<float> reciprocal(const Row<float>& a) {
 #if defined(__AVX512F__)
-  V y = V(_mm512_rcp14_ps(__m512(a)));
+  const Row<float> y = map(a, [](Vec<float> v) { return Vec<float>(_mm512_rcp14_ps(__m512(v))); });
   return y + y * (1.0f - a * y);
 #elif defined(__AVX2__)
-  V y = V(_mm256_rcp_ps(__m256(a)));
+  const Row<float> y = map(a, [](Vec<float> v) { return Vec<float>(_mm256_rcp_ps(__m256(v))); });
   return y + y * (1.0f - a * y);
 #else
   return 1.0f / a;
 #endif
+}
+
+// log |x| for normal and infinite x, NaN for NaN. Relative error below 2e-7.
+ALWAYS_INLINE Row<float> log_absolute(const Row<float>& x) {
+  return map(x, [](Vec<float> v) {
+    const Ints bits = bit_cast<Ints>(v) & 0x7fffffff;
+    const Ints exponent = (bits - 0x3f3504f3) >> 23;  // of |x| over a number between the roots of a half and of two
+    const Vec<float> m = bit_cast<Vec<float>>(bits - (exponent << 23)), magnitude = bit_cast<Vec<float>>(bits);
+    const Vec<float> s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
+    const Vec<float> series = ((s2 * (1 / 9.0f) + 1 / 7.0f) * s2 + 1 / 5.0f) * s2 + 1 / 3.0f;
+    const Vec<float> log_m = 2.0f * s + 2.0f * s * s2 * series;  // 2 artanh(s)
+    const Vec<float> log = __builtin_convertvector(exponent, Vec<float>) * 0.693147181f + log_m;
+    return magnitude < HUGE_VALF ? log : magnitude;
+  });
+}
+
+ALWAYS_INLINE Row<float> square_root(const Row<float>& x) {
+  return map(x, [](Vec<float> v) {
+#if defined(__AVX512F__)
+    return Vec<float>(_mm512_sqrt_ps(__m512(v)));
+#elif defined(__AVX2__)
+    return Vec<float>(_mm256_sqrt_ps(__m256(v)));
+#else
+    for (int lane = 0; lane < WIDTH<float>; ++lane) v[lane] = std::sqrt(v[lane]);
+    return v;
+#endif
+  });
 }
 
 // The nonlinearities take pre-activations multiplied by these, so that they begin with a bare power of two. The
@@ -148,101 +257,51 @@ constexpr float TANH_SCALE<float> = -2.88539008f;
 
 // With E = e^-i, G = e^-2g: sigmoid(i) tanh(g) = (1 - G) / ((1 + E)(1 + G)) takes one reciprocal. The caps keep the
 // product finite: beyond them the sigmoid is below 1e-18.
-inline void activate(Vec<float> i, Vec<float> f, Vec<float> g, Vec<float> o, Vec<float> c, Vec<float>& cell,
-                     Vec<float>& hidden) {
-  Vec<float> G = exp2_capped(g, 60.0f);
-  Vec<float> gated = (1.0f - G) * reciprocal((1.0f + exp2_capped(i, 60.0f)) * (1.0f + G));
+ALWAYS_INLINE void activate(const Row<float>& i, const Row<float>& f, const Row<float>& g, const Row<float>& o,
+                            const Row<float>& c, Row<float>& cell, Row<float>& hidden) {
+  const Row<float> G = exp2_capped(g, 60.0f);
+  const Row<float> gated = (1.0f - G) * reciprocal((1.0f + exp2_capped(i, 60.0f)) * (1.0f + G));
   cell = c * reciprocal(1.0f + exp2_capped(f, 120.0f)) + gated;
-  Vec<float> C = exp2_capped(cell * TANH_SCALE<float>, 60.0f);
+  const Row<float> C = exp2_capped(cell * TANH_SCALE<float>, 60.0f);
   hidden = (1.0f - C) * reciprocal((1.0f + exp2_capped(o, 60.0f)) * (1.0f + C));
-}
-
-// log |x| for normal and infinite x, NaN for NaN. Relative error below 2e-7.
-inline Vec<float> log_abs(Vec<float> x) {
-  using V = Vec<float>;
-  using I = Simd<float>::IntVec;
-  I bits;
-  std::memcpy(&bits, &x, sizeof x);
-  bits &= 0x7fffffff;
-  const I exponent = (bits - 0x3f3504f3) >> 23;  // of x over a number between the roots of a half and of two
-  const I mantissa = bits - (exponent << 23);
-  V m, magnitude;
-  std::memcpy(&m, &mantissa, sizeof m);
-  std::memcpy(&magnitude, &bits, sizeof bits);
-  const V s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
-  const V series = ((s2 * (1 / 9.0f) + 1 / 7.0f) * s2 + 1 / 5.0f) * s2 + 1 / 3.0f;  // of 2 artanh(s) = log m
-  const V result = __builtin_convertvector(exponent, V) * 0.693147181f + (2.0f * s + 2.0f * s * s2 * series);
-  return magnitude < HUGE_VALF ? result : magnitude;
-}
-
-inline Vec<float> square_root(Vec<float> x) {
-#if defined(__AVX512F__)
-  return Vec<float>(_mm512_sqrt_ps(__m512(x)));
-#elif defined(__AVX2__)
-  return Vec<float>(_mm256_sqrt_ps(__m256(x)));
-#else
-  for (int lane = 0; lane < WIDTH<float>; ++lane) x[lane] = std::sqrt(x[lane]);
-  return x;
-#endif
-}
-
-// The square root of a number that is not negative, within a few units in the last place; faster than the exact one.
-inline Vec<float> fast_square_root(Vec<float> x) {
-#if defined(__AVX512F__)
-  using V = Vec<float>;
-  x = V(_mm512_max_ps(__m512(x), __m512(broadcast(1e-30f))));
-  const V y = V(_mm512_rsqrt14_ps(__m512(x))), root = x * y;
-  return root + root * (0.5f - 0.5f * root * y);
-#else
-  return square_root(x);
-#endif
-}
-
-// x within [low, high]; NaN stays NaN.
-inline Vec<float> clamp(Vec<float> x, float low, float high) {
-  const Vec<float> bottom = broadcast(low), top = broadcast(high);
-  x = x < bottom ? bottom : x;
-  return x > top ? top : x;
 }
 
 // A nonlinearity's value and its derivative.
 template <class S>
 struct Dual {
-  Vec<S> value, slope;
+  Row<S> value, slope;
 };
 
 // The slopes come from the exponential, not from the value: they vanish where the nonlinearity saturates, so that what
 // they multiply may be huge.
-inline Dual<float> sigmoid(Vec<float> scaled) {
-  const Vec<float> E = exp2_capped(scaled, 125.0f), r = reciprocal(1.0f + E);
+ALWAYS_INLINE Dual<float> sigmoid(const Row<float>& scaled) {
+  const Row<float> E = exp2_capped(scaled, 125.0f), r = reciprocal(1.0f + E);
   return {r, E * r * r};
 }
 
-inline Dual<float> tanh(Vec<float> scaled) {
-  const Vec<float> E = exp2_capped(scaled, 125.0f), r = reciprocal(1.0f + E);
+ALWAYS_INLINE Dual<float> tanh(const Row<float>& scaled) {
+  const Row<float> E = exp2_capped(scaled, 125.0f), r = reciprocal(1.0f + E);
   return {(1.0f - E) * r, 4.0f * (E * r * r)};
 }
 
-inline Dual<double> sigmoid(Vec<double> x) {
-  Dual<double> y;
-  for (int lane = 0; lane < WIDTH<double>; ++lane) {
-    y.value[lane] = 1.0 / (1.0 + std::exp(-x[lane]));
-    y.slope[lane] = y.value[lane] * (1.0 - y.value[lane]);
-  }
-  return y;
+inline Dual<double> sigmoid(const Row<double>& x) {
+  const Row<double> y = map(x, [](Vec<double> v) {
+    for (int lane = 0; lane < WIDTH<double>; ++lane) v[lane] = 1.0 / (1.0 + std::exp(-v[lane]));
+    return v;
+  });
+  return {y, y * (1.0 - y)};
 }
 
-inline Dual<double> tanh(Vec<double> x) {
-  Dual<double> y;
-  for (int lane = 0; lane < WIDTH<double>; ++lane) {
-    y.value[lane] = std::tanh(x[lane]);
-    y.slope[lane] = 1.0 - y.value[lane] * y.value[lane];
-  }
-  return y;
+inline Dual<double> tanh(const Row<double>& x) {
+  const Row<double> y = map(x, [](Vec<double> v) {
+    for (int lane = 0; lane < WIDTH<double>; ++lane) v[lane] = std::tanh(v[lane]);
+    return v;
+  });
+  return {y, 1.0 - y * y};
 }
 
-inline void activate(Vec<double> i, Vec<double> f, Vec<double> g, Vec<double> o, Vec<double> c, Vec<double>& cell,
-                     Vec<double>& hidden) {
+inline void activate(const Row<double>& i, const Row<double>& f, const Row<double>& g, const Row<double>& o,
+                     const Row<double>& c, Row<double>& cell, Row<double>& hidden) {
   cell = sigmoid(f).value * c + sigmoid(i).value * tanh(g).value;
   hidden = sigmoid(o).value * tanh(cell).value;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <limits>
 
 #include "memory.h"
 #include "network.h"
@@ -83,6 +84,8 @@ inline Memory memory(const TensorList& states, const TensorList& scales, const T
                                                   : Memory::FLOAT32;
     const bool coded = kind == Memory::INT8;
     const int64_t n = params[i].numel();
+    TORCH_CHECK(kind != Memory::FLOAT32 || state.scalar_type() == at::kFloat, "a state has dtype ",
+                state.scalar_type());
     TORCH_CHECK(state.numel() == depth * hidden * n && (!coded || scales[i].numel() == depth * n),
                 "a state does not have the shape of its parameter");
     // Otherwise it is some coordinates of a larger tensor, (layers, hidden, n) and (layers, n).
@@ -110,7 +113,7 @@ struct Step {
         decay(1.0 - lr * weight_decay) {
     // So that autograd notices a graph whose parameters have changed.
     for (const Tensor& param : params)
-      if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+      if (lr != 0.0 && !param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
   }
 
   Numbers params, grads;
@@ -154,8 +157,7 @@ struct Step {
     layout.pieces(at, tile.pieces);
     params.read(tile.pieces, tile.param.get());
     grads.read(tile.pieces, tile.grad.get());
-    if (maximize)
-      for (int i = 0; i < LANES; ++i) tile.grad.get()[i] = -tile.grad.get()[i];
+    if (maximize) store_row(tile.grad.get(), -load_row(tile.grad.get()));
     rule.features(tile, in);
     for (int l = 0; l < network.depth(); ++l) {
       const Layer<float>& layer = network.layers[l];
@@ -169,8 +171,8 @@ struct Step {
     }
     rule.update(tile, in);
     if (lr == 0.0f) return;
-    float *param = tile.param.get(), *delta = tile.delta.get();
-    for (int i = 0; i < LANES; ++i) param[i] = param[i] * decay + lr * delta[i];
+    float* param = tile.param.get();
+    store_row(param, load_row(param) * decay + lr * load_row(tile.delta.get()));
     params.write(param, tile.pieces);
   }
 };
@@ -184,9 +186,9 @@ class Readout {
     bias_.assign(b, b + outputs_);
   }
   // Of the first `inputs` rows of a tile.
-  Vec<float> operator()(int output, const float* tile, int at, int inputs) const {
-    Vec<float> sum = broadcast(bias_[output]);
-    for (int k = 0; k < inputs; ++k) sum += weight_[output * inputs_ + k] * load(tile + k * LANES + at);
+  Row<float> operator()(int output, const float* tile, int inputs) const {
+    Row<float> sum = broadcast_row(bias_[output]);
+    for (int k = 0; k < inputs; ++k) sum = sum + weight_[output * inputs_ + k] * load_row(tile + k * LANES);
     return sum;
   }
   float weight(int output, int input) const { return weight_[output * inputs_ + input]; }
@@ -197,11 +199,12 @@ class Readout {
   std::vector<float> weight_, bias_;
 };
 
-// The two channels of a gradient.
-inline void log_sign(Vec<float> x, float p, float* magnitude, float* sign) {
-  const Vec<float> least = broadcast(std::exp(-p)), size = x < 0.0f ? -x : x;
-  store(magnitude, clamp(log_abs(size < least ? least : size) / p, -1.0f, HUGE_VALF));
-  store(sign, clamp(x * std::exp(p), -1.0f, 1.0f));
+// The two channels of a gradient, to two rows.
+inline void log_sign(const Row<float>& x, float p, float* out) {
+  const Vec<float> least = broadcast(std::exp(-p));
+  const Row<float> size = map(absolute(x), [=](Vec<float> v) { return v < least ? least : v; });
+  store_row(out, clamp(log_absolute(size) / p, -1.0f, HUGE_VALF));
+  store_row(out + LANES, clamp(x * std::exp(p), -1.0f, 1.0f));
 }
 
 // LSTMRule
@@ -211,17 +214,14 @@ struct LSTM {
   float p, output_scale;
 
   void features(const Tile& tile, float* in) const {
-    for (int at = 0; at < LANES; at += WIDTH<float>) {
-      const Vec<float> grad = load(tile.grad.get() + at);
-      if (preprocess)
-        log_sign(grad, p, in + at, in + LANES + at);
-      else
-        store(in + at, grad);
-    }
+    const Row<float> grad = load_row(tile.grad.get());
+    if (preprocess)
+      log_sign(grad, p, in);
+    else
+      store_row(in, grad);
   }
   void update(const Tile& tile, const float* top) const {
-    for (int at = 0; at < LANES; at += WIDTH<float>)
-      store(tile.delta.get() + at, output_scale * readout(0, top, at, readout.inputs()));
+    store_row(tile.delta.get(), output_scale * readout(0, top, readout.inputs()));
   }
 };
 
@@ -231,24 +231,32 @@ struct Moments {
   float fast_decay, slow_decay, square_decay, eps;
 
   struct Directions {
-    Vec<float> fast, slow, square, a, b, g;
+    Row<float> fast, slow, square, a, b, g;
   };
 
-  // The new moments and the normalised directions, from gradients, old moments and bias corrections.
-  Directions operator()(Vec<float> grad, Vec<float> fast, Vec<float> slow, Vec<float> square, Vec<float> fast_factor,
-                        Vec<float> slow_factor, Vec<float> square_factor) const {
-    Directions out;
+  // The new moments and the normalised directions, from gradients and three rows each of old moments and of bias
+  // corrections.
+  Directions operator()(const Row<float>& gradient, const float* old, const float* factors) const {
+    Directions now;
     const float limit = 0.5f * std::sqrt(std::numeric_limits<float>::max());
-    grad = clamp(grad, -limit, limit);
-    out.fast = fast + (grad - fast) * (1.0f - fast_decay);
-    out.slow = slow + (grad - slow) * (1.0f - slow_decay);
-    out.square = square + (grad * grad - square) * (1.0f - square_decay);
-    const Vec<float> mean = clamp(out.square * square_factor, std::numeric_limits<float>::min(), HUGE_VALF);
-    const Vec<float> rms = square_root(mean) + eps;
-    out.a = out.fast * fast_factor / rms;
-    out.b = out.slow * slow_factor / rms;
-    out.g = grad / rms;
-    return out;
+    const Row<float> grad = clamp(gradient, -limit, limit);
+    const Row<float> fast = load_row(old), slow = load_row(old + LANES), square = load_row(old + 2 * LANES);
+    now.fast = fast + (grad - fast) * (1.0f - fast_decay);
+    now.slow = slow + (grad - slow) * (1.0f - slow_decay);
+    now.square = square + (grad * grad - square) * (1.0f - square_decay);
+    const Row<float> mean = now.square * load_row(factors + 2 * LANES);
+    const Row<float> rms = square_root(clamp(mean, std::numeric_limits<float>::min(), HUGE_VALF)) + eps;
+    now.a = now.fast * load_row(factors) / rms;
+    now.b = now.slow * load_row(factors + LANES) / rms;
+    now.g = grad / rms;
+    return now;
+  }
+
+  // Three rows of old moments.
+  void read(const Pieces& pieces, float* old) const {
+    read_row(fast, pieces, old);
+    read_row(slow, pieces, old + LANES);
+    read_row(square, pieces, old + 2 * LANES);
   }
 };
 
@@ -291,41 +299,30 @@ struct AdamLSTM {
         mix_bound(other.mix_bound) {}
 
   void features(const Tile& tile, float* in) const {
-    float *factors = rows.get(), *fast = factors + 3 * LANES, *slow = fast + LANES, *square = slow + LANES;
-    float *a = square + LANES, *b = a + LANES;
+    float *factors = rows.get(), *state = factors + 3 * LANES, *directions = state + 3 * LANES;
     expand(statistics, tensors, CORRECTIONS, tile.pieces, factors);
     expand(statistics + CORRECTIONS * tensors, tensors, SHARED, tile.pieces, in + OWN * LANES);
-    read_row(moments.fast, tile.pieces, fast);
-    read_row(moments.slow, tile.pieces, slow);
-    read_row(moments.square, tile.pieces, square);
-    for (int at = 0; at < LANES; at += WIDTH<float>) {
-      const Moments::Directions now =
-          moments(load(tile.grad.get() + at), load(fast + at), load(slow + at), load(square + at), load(factors + at),
-                  load(factors + LANES + at), load(factors + 2 * LANES + at));
-      store(fast + at, now.fast);
-      store(slow + at, now.slow);
-      store(square + at, now.square);
-      store(a + at, now.a);
-      store(b + at, now.b);
-      const Vec<float> own[OWN] = {now.a, now.b, now.g, now.a < 0.0f ? -now.a : now.a, now.b < 0.0f ? -now.b : now.b};
-      for (int k = 0; k < OWN; ++k) store(in + k * LANES + at, own[k]);
-    }
-    write_row(fast, tile.pieces, moments.fast);
-    write_row(slow, tile.pieces, moments.slow);
-    write_row(square, tile.pieces, moments.square);
+    moments.read(tile.pieces, state);
+    const Moments::Directions now = moments(load_row(tile.grad.get()), state, factors);
+    const Row<float> own[OWN] = {now.a, now.b, now.g, absolute(now.a), absolute(now.b)};
+    for (int k = 0; k < OWN; ++k) store_row(in + k * LANES, own[k]);
+    store_row(directions, now.a);
+    store_row(directions + LANES, now.b);
+    store_row(state, now.fast);
+    store_row(state + LANES, now.slow);
+    store_row(state + 2 * LANES, now.square);
+    write_row(state, tile.pieces, moments.fast);
+    write_row(state + LANES, tile.pieces, moments.slow);
+    write_row(state + 2 * LANES, tile.pieces, moments.square);
   }
 
   void update(const Tile& tile, const float* top) const {
-    const float *a = rows.get() + 6 * LANES, *b = a + LANES;
-    auto bounded = [&](Vec<float> x, float bound) { return bound * tanh(x * (TANH_SCALE<float> / bound)).value; };
-    for (int at = 0; at < LANES; at += WIDTH<float>) {
-      Vec<float> out[3];
-      for (int k = 0; k < 3; ++k) out[k] = readout(k, top, at, readout.inputs());
-      const Vec<float> log_step = bounded(out[0] * log_step_gain, log_step_bound);
-      const Vec<float> direction =
-          (1.0f + bounded(out[1], mix_bound)) * load(a + at) + bounded(out[2], mix_bound) * load(b + at);
-      store(tile.delta.get() + at, -nominal_step * exp2_capped(log_step * 1.44269504f, 127.0f) * direction);
-    }
+    const Row<float> a = load_row(rows.get() + 6 * LANES), b = load_row(rows.get() + 7 * LANES);
+    auto out = [&](int k) { return readout(k, top, readout.inputs()); };
+    auto bounded = [](const Row<float>& x, float bound) { return bound * tanh(x * (TANH_SCALE<float> / bound)).value; };
+    const Row<float> log_step = bounded(out(0) * log_step_gain, log_step_bound);
+    const Row<float> direction = (1.0f + bounded(out(1), mix_bound)) * a + bounded(out(2), mix_bound) * b;
+    store_row(tile.delta.get(), -nominal_step * exp2_capped(log_step * 1.44269504f, 127.0f) * direction);
   }
 };
 
@@ -339,36 +336,28 @@ struct MetaLSTM {
   bool feed_back_gate;
 
   void features(const Tile& tile, float* in) const {
+    const Row<float> grad = load_row(tile.grad.get()) / gradient_divisor;
+    store_row(tile.grad.get(), grad);
+    log_sign(grad, p, in);
     expand(statistics, tensors, 2, tile.pieces, in + 2 * LANES);
-    for (int at = 0; at < LANES; at += WIDTH<float>) {
-      const Vec<float> grad = load(tile.grad.get() + at) / gradient_divisor;
-      store(tile.grad.get() + at, grad);
-      log_sign(grad, p, in + at, in + LANES + at);
-    }
   }
 
   void update(const Tile& tile, const float* top) const {
-    alignas(64) float forgets[LANES], inputs[LANES];
-    gate(forget, forget_state, tile, top, forgets);
-    gate(input, input_state, tile, top, inputs);
-    for (int i = 0; i < LANES; ++i)
-      tile.delta.get()[i] = (forgets[i] - 1.0f) * tile.param.get()[i] - inputs[i] * tile.grad.get()[i];
+    const Row<float> kept = gate(forget, forget_state, tile, top), taken = gate(input, input_state, tile, top);
+    store_row(tile.delta.get(), (kept - 1.0f) * load_row(tile.param.get()) - taken * load_row(tile.grad.get()));
   }
 
  private:
-  void gate(const Readout& gate, const std::vector<float*>& state, const Tile& tile, const float* top,
-            float* values) const {
-    alignas(64) float past[LANES] = {};
+  Row<float> gate(const Readout& gate, const std::vector<float*>& state, const Tile& tile, const float* top) const {
+    float past[LANES] = {};
     read_row(state, tile.pieces, past);
     const int hidden = gate.inputs() - 2;
-    for (int at = 0; at < LANES; at += WIDTH<float>) {
-      const Vec<float> z = gate(0, top, at, hidden) + gate.weight(0, hidden) * load(tile.param.get() + at) +
-                           gate.weight(0, hidden + 1) * load(past + at);
-      const Vec<float> value = sigmoid(z * SIGMOID_SCALE<float>).value;
-      store(values + at, value);
-      store(past + at, feed_back_gate ? value : z);
-    }
+    const Row<float> z = gate(0, top, hidden) + gate.weight(0, hidden) * load_row(tile.param.get()) +
+                         gate.weight(0, hidden + 1) * load_row<float>(past);
+    const Row<float> value = sigmoid(z * SIGMOID_SCALE<float>).value;
+    store_row<float>(past, feed_back_gate ? value : z);
     write_row(past, tile.pieces, state);
+    return value;
   }
 };
 
@@ -410,19 +399,13 @@ inline Tensor adam_lstm_sums(TensorList params, TensorList grads, bool maximize,
       layout.pieces(at, pieces);
       values.read(pieces, row(0));
       gradients.read(pieces, row(1));
-      read_row(moments.fast, pieces, row(2));
-      read_row(moments.slow, pieces, row(3));
-      read_row(moments.square, pieces, row(4));
+      moments.read(pieces, row(2));
       expand(corrections.const_data_ptr<float>(), tensors, 3, pieces, row(5));
-      for (int i = 0; i < LANES; i += WIDTH<float>) {
-        const Vec<float> param = load(row(0) + i), grad = load(row(1) + i);
-        const Moments::Directions now =
-            moments(maximize ? -grad : grad, load(row(2) + i), load(row(3) + i), load(row(4) + i), load(row(5) + i),
-                    load(row(6) + i), load(row(7) + i));
-        store(products.get() + i, param * param);
-        store(products.get() + LANES + i, now.a * now.g);
-        store(products.get() + 2 * LANES + i, now.b * now.b);
-      }
+      const Row<float> param = load_row(row(0)), grad = load_row(row(1));
+      const Moments::Directions now = moments(maximize ? -grad : grad, row(2), row(5));
+      store_row(products.get(), param * param);
+      store_row(products.get() + LANES, now.a * now.g);
+      store_row(products.get() + 2 * LANES, now.b * now.b);
       for (const Piece& piece : pieces)
         for (int k = 0; k < 3; ++k) {
           double sum = 0.0;

@@ -14,8 +14,7 @@ void copy_rows(Rows<const S> from, Rows<S> to, int rows, int64_t count) {
 template <class S>
 void load_tile(Rows<const S> from, S* tile, int rows, int64_t count) {
   if (count < TILE<S>) return copy_rows<S>(from, {tile, TILE<S>}, rows, count);
-  for (int row = 0; row < rows; ++row)
-    for (int j = 0; j < COLS; ++j) store(tile + row * TILE<S> + j * WIDTH<S>, load(from[row] + j * WIDTH<S>));
+  for (int row = 0; row < rows; ++row) store_row(tile + row * TILE<S>, load_row(from[row]));
 }
 
 // A tile of some rows: where they are if the tile is full, and otherwise in a buffer of a full tile's size.

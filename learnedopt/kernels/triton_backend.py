@@ -8,10 +8,13 @@ capture.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -23,11 +26,10 @@ from learnedopt.kernels.base import Backend, Case, Tensors
 from learnedopt.kernels.state import SCALE
 from learnedopt.rules import AdamLSTMRule, LSTMRule, MetaLSTMRule, Segments, State, UpdateRule
 
-CHUNK, BLOCK = 1024, 64
-"""Coordinates of one program, and those it works on at once."""
+CHUNK, BLOCK, WARPS = 1024, 64, 8
+"""Coordinates of one program, those it works on at once, and its warps: what its tiles take stays in registers."""
 LARGEST = 64
 """Units of a layer at most: its tiles must stay in registers."""
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class TritonBackend(Backend):
@@ -57,14 +59,35 @@ class TritonBackend(Backend):
         if not isinstance(rule, AdamLSTMRule):  # the others look at no coordinate
             none = torch.empty(0, dtype=tensors.dtype, device=tensors.device)
             return rule.statistics(none, none, {}, Segments([0] * len(tensors.params)), loss)
+        config = rule.config
 
         def sums(corrections: Tensor) -> Tensor:
             totals = torch.zeros_like(corrections)
-            for batch in _batches(tensors):
-                totals[:, batch.first : batch.first + len(batch.indices)] = batch.sums(rule, corrections)
+            work = _Work(rule, tensors)
+            for launch in work.launches:
+                parts = torch.empty(len(launch.chunks), 3, device=tensors.device)
+                _kernels().sums_kernel[(len(parts),)](
+                    work.table,
+                    launch.chunks,
+                    corrections,
+                    len(tensors.params),
+                    parts,
+                    config.fast_decay,
+                    config.slow_decay,
+                    config.square_decay,
+                    config.eps,
+                    MAXIMIZE=tensors.maximize,
+                    PARAM=launch.param,
+                    GRAD=launch.grad,
+                    CHUNK=CHUNK,
+                    enable_fp_fusion=True,
+                )
+                # unsafe: lengths are not checked, which would be to wait for the device.
+                totals += torch.segment_reduce(parts, "sum", lengths=launch.lengths, unsafe=True).T
             return totals
 
-        return statistics_from_sums(rule, tensors, sums)
+        with _on(tensors.device):
+            return statistics_from_sums(rule, tensors, sums)
 
     def update(
         self,
@@ -76,8 +99,259 @@ class TritonBackend(Backend):
         weight_decay: float,
         skip: Tensor | None,
     ) -> None:
-        raise NotImplementedError
+        weights = _weights(rule)
+        with _on(tensors.device):
+            work = _Work(rule, tensors)
+            for launch in work.launches:
+                _kernels().step_kernel[(len(launch.chunks),)](
+                    work.table,
+                    launch.chunks,
+                    statistics.contiguous(),
+                    len(tensors.params),
+                    *weights.tensors,
+                    lr if isinstance(lr, Tensor) else statistics,  # any address: it is not read
+                    0.0 if isinstance(lr, Tensor) else float(lr),
+                    float(weight_decay),
+                    statistics if skip is None else skip.view(torch.uint8),
+                    MAXIMIZE=tensors.maximize,
+                    LR_IN_MEMORY=isinstance(lr, Tensor),
+                    SKIP=skip is not None,
+                    PARAM=launch.param,
+                    GRAD=launch.grad,
+                    STATE=_triton_dtype(tensors.states[0]["h"].dtype),
+                    CHUNK=CHUNK,
+                    BLOCK=BLOCK,
+                    num_warps=WARPS,
+                    num_stages=1,  # tiles are loaded once: there is nothing to load ahead
+                    enable_fp_fusion=True,
+                    **weights.settings,
+                )
+            work.write_back()
 
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels' module; its import needs triton."""
+    return importlib.import_module("learnedopt.kernels.triton_kernels")
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    return getattr(importlib.import_module("triton.language"), str(dtype).removeprefix("torch."))
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# Weights -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What a kernel takes of a rule."""
+
+    tensors: tuple[Tensor, ...]
+    settings: dict[str, Any]
+
+
+_READY: WeakKeyDictionary[UpdateRule, _Weights] = WeakKeyDictionary()
+
+
+def _weights(rule: UpdateRule) -> _Weights:
+    if rule not in _READY:
+        assert isinstance(rule, LSTMRule | MetaLSTMRule | AdamLSTMRule)
+        _READY[rule] = _make_weights(rule)
+    return _READY[rule]
+
+
+def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule) -> _Weights:
+    lstm = rule.lstm
+    units = lstm.hidden_size
+    padded = max(16, 1 << (units - 1).bit_length())  # what triton takes as the side of a matrix
+
+    def pad(weight: Tensor, *sizes: int) -> Tensor:
+        """Zeros after the ends of the last dimensions, to these sizes."""
+        for dim, size in zip((-1, -2), reversed(sizes)):
+            shape = list(weight.shape)
+            shape[dim] = size - shape[dim]
+            weight = torch.cat([weight, weight.new_zeros(shape)], dim=dim)
+        return weight.contiguous()
+
+    def gates(weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (4, units))
+
+    def split(weights: Sequence[Tensor]) -> Tensor:
+        """Square weights of each layer, in two float16 that add up to them."""
+        whole = torch.stack([pad(gates(weight), padded, padded) for weight in weights])
+        high = whole.half()
+        if not bool(high.isfinite().all()):
+            raise ValueError("the backend 'triton' takes weights below 65504 only; ask for backend='reference'")
+        return torch.stack([high, (whole - high).half()])
+
+    first = lstm.input_weights[0]
+    recurrent = split(list(lstm.recurrent_weights))
+    above = list(lstm.input_weights)[1:]
+    tensors = (
+        pad(gates(first).transpose(1, 2), padded),
+        recurrent,
+        split(above) if above else recurrent,  # any address: it is not read
+        torch.stack([pad(gates(bias), padded) for bias in lstm.biases]),
+    )
+    settings: dict[str, Any] = {
+        "RULE": _CODES[type(rule)],
+        "LAYERS": lstm.num_layers,
+        "UNITS": units,
+        "PADDED": padded,
+        "FEATURES": first.shape[1],
+        "LOG_SIGN": True,
+        "FEEDBACK_IS_GATE": False,
+        **dict.fromkeys(
+            ("p", "scale", "decay0", "decay1", "decay2", "eps", "step_gain", "step_bound", "mix_bound"), 1.0
+        ),
+    }
+
+    def readout(weight: Tensor, others: Tensor, bias: Tensor) -> Tensor:
+        """Units, three other inputs, and the bias, in a row for each output."""
+        return torch.cat([pad(weight, padded), others, bias.unsqueeze(1)], dim=1)
+
+    match rule:
+        case LSTMRule():
+            none = first.new_zeros(1, 3)
+            rows = readout(rule.readout.weight, none, rule.readout.bias)
+            settings["LOG_SIGN"] = rule.config.preprocessing == "log_sign"
+            settings.update(p=rule.config.preprocessing_p, scale=rule.config.output_scale)
+        case MetaLSTMRule():
+            none = first.new_zeros(1, 1)
+            forget, input_ = rule.forget_gate, rule.input_gate
+            of_forget, of_input = forget.weight[:, units:], input_.weight[:, units:]
+            rows = torch.cat(
+                [
+                    readout(forget.weight[:, :units], torch.cat([of_forget, none], dim=1), forget.bias),
+                    readout(
+                        input_.weight[:, :units],
+                        torch.cat([of_input[:, :1], none, of_input[:, 1:]], dim=1),
+                        input_.bias,
+                    ),
+                ]
+            )
+            settings["FEEDBACK_IS_GATE"] = rule.config.gate_feedback == "gate"
+            settings.update(p=rule.config.preprocessing_p, scale=rule.config.gradient_divisor)
+        case AdamLSTMRule():
+            rows = readout(rule.readout.weight, first.new_zeros(3, 3), rule.readout.bias)
+            config = rule.config
+            settings["LOG_SIGN"] = False
+            settings.update(
+                scale=config.nominal_step,
+                decay0=config.fast_decay,
+                decay1=config.slow_decay,
+                decay2=config.square_decay,
+                eps=config.eps,
+                step_gain=config.log_step_gain,
+                step_bound=config.log_step_bound,
+                mix_bound=config.mix_bound,
+            )
+    return _Weights((*tensors, rows.contiguous()), settings)
+
+
+_CODES: dict[type[UpdateRule], int] = {LSTMRule: 0, MetaLSTMRule: 1, AdamLSTMRule: 2}
+_NUMBERS: dict[type[UpdateRule], tuple[str, ...]] = {
+    LSTMRule: (),
+    MetaLSTMRule: ("forget", "input"),
+    AdamLSTMRule: MOMENTS,
+}
+"""The entries of the state that are one number per coordinate, in the order in which the kernels know them."""
+
+
+# Tables ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """The tensors of one dtype."""
+
+    param: Any
+    grad: Any
+    chunks: Tensor
+    """``(programs, 2)``: tensor and first coordinate."""
+    lengths: Tensor
+    """``(tensors,)``: how many chunks each has here."""
+
+
+class _Work:
+    """The tensors of a step as the kernels take them."""
+
+    def __init__(self, rule: UpdateRule, tensors: Tensors) -> None:
+        self._params = tensors.params
+        self._dense = [param.contiguous() for param in tensors.params]
+        # Kept here: they must live until the kernel is launched.
+        self._grads = [_readable(grad) for grad in tensors.grads]
+        fields = ("h", "h" + SCALE, "c", "c" + SCALE, *_NUMBERS[type(rule)])
+        rows = []
+        for param, grad, state in zip(self._dense, self._grads, tensors.states):
+            entries = [state[name].data_ptr() if name in state else 0 for name in fields]
+            rows.append((param.data_ptr(), grad.data_ptr(), param.numel(), *entries, *[0] * (7 - len(entries))))
+        stream = torch.cuda.current_stream(tensors.device).cuda_stream if tensors.device.type == "cuda" else 0
+        self.table = _TABLES.on_device(tuple(rows), tensors.device, stream)
+        dtypes = tuple((param.dtype, grad.dtype) for param, grad in zip(self._dense, self._grads))
+        self.launches = _launches(tuple(param.numel() for param in self._dense), dtypes, tensors.device, CHUNK)
+
+    def write_back(self) -> None:
+        """To parameters whose elements are not in order in memory, from copies that are."""
+        for param, dense in zip(self._params, self._dense):
+            if dense is not param:
+                param.copy_(dense)
+
+
+def _readable(grad: Tensor) -> Tensor:
+    return (grad if grad.dtype in _READABLE else grad.float()).contiguous()
+
+
+_READABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.lru_cache(maxsize=64)
+def _launches(
+    sizes: tuple[int, ...], dtypes: tuple[tuple[torch.dtype, torch.dtype], ...], device: torch.device, chunk: int
+) -> list[_Launch]:
+    launches = []
+    for pair in dict.fromkeys(dtypes):
+        counts = [-(-size // chunk) if own == pair else 0 for size, own in zip(sizes, dtypes)]
+        if not any(counts):
+            continue
+        tensor = torch.repeat_interleave(torch.tensor(counts))
+        before = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
+        first = (torch.arange(len(tensor)) - before[tensor]) * chunk
+        chunks = torch.stack([tensor, first], dim=1)
+        param, grad = (_triton_dtype(dtype) for dtype in pair)
+        launches.append(_Launch(param, grad, chunks.to(device), torch.tensor(counts).to(device)))
+    return launches
+
+
+class _Tables:
+    """Tables of addresses, the last few that were used, and for ever those that a CUDA graph was captured with."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def on_device(self, rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+        key = rows, device, stream
+        if key not in self._kept:
+            host = torch.tensor(rows, dtype=torch.int64)
+            if device.type == "cuda":
+                host = host.pin_memory()  # from which the device copies while the host goes on
+            self._kept[key] = host, host.to(device, non_blocking=True)
+            if len(self._kept) > 16:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(self._kept[key])
+        return self._kept[key][1]
+
+
+_TABLES = _Tables()

@@ -8,6 +8,9 @@ keeps the padding's state at zero; it is neither read nor written.
 coordinate)`` for each program.
 """
 
+# mypy: ignore-errors
+# What triton compiles is a language of its own, without types that a checker of Python's could know.
+
 from __future__ import annotations
 
 import triton
@@ -36,7 +39,7 @@ def _row(tensors, tensor, field: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def _load_units(values, scales, at, mask, coordinates, size, layer: tl.constexpr, STATE: tl.constexpr):
     x = tl.load(values + at, mask=mask, other=0).to(tl.float32)
-    if STATE == tl.int8:
+    if tl.int8 == STATE:
         scale = tl.load(scales + layer * size + coordinates, mask=coordinates < size, other=0.0).to(tl.float32)
         x = x * tl.abs(x) * (scale * (1.0 / 16129.0))[None, :]
     return x
@@ -44,7 +47,7 @@ def _load_units(values, scales, at, mask, coordinates, size, layer: tl.constexpr
 
 @triton.jit
 def _store_units(values, scales, at, mask, coordinates, size, x, layer: tl.constexpr, STATE: tl.constexpr):
-    if STATE == tl.int8:
+    if tl.int8 == STATE:
         # The sum is zero, but for what is not finite, which a maximum may overlook.
         scale = (tl.max(tl.abs(x), axis=0) + tl.sum(x * 0.0, axis=0)).to(tl.bfloat16)
         tl.store(scales + layer * size + coordinates, scale, mask=coordinates < size)
@@ -87,6 +90,22 @@ def _directions(grad, fast, slow, square, corrections, column, num_tensors, deca
 
 
 @triton.jit
+def _split(x):
+    """What float16 holds of numbers of at most one, and what it leaves over: together 22 bits."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _product(weights, rest: tl.constexpr, high, low, z):
+    """Add a matrix product of near float32's precision; ``rest`` is where the rest of the weights begins."""
+    weights_high, weights_low = tl.load(weights), tl.load(weights + rest)
+    z = tl.dot(weights_low, high, z)
+    z = tl.dot(weights_high, low, z)
+    return tl.dot(weights_high, high, z)
+
+
+@triton.jit
 def step_kernel(
     tensors,
     chunks,
@@ -125,12 +144,14 @@ def step_kernel(
     FEATURES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Weights are ``features (4, FEATURES, PADDED)``, ``recurrent (LAYERS, 4, PADDED, PADDED)``, ``below`` the same for
-    the layers above the first, ``biases (LAYERS, 4, PADDED)``, ``readout (outputs, PADDED + 4)``; gates are in the order
-    of the rule: input, forget, cell, output."""
-    if SKIP:
+    """One step.
+
+    Weights are ``features (4, FEATURES, PADDED)``, ``recurrent (2, LAYERS, 4, PADDED, PADDED)`` in two float16 each,
+    ``below`` the same for the layers above the first, ``biases (LAYERS, 4, PADDED)`` and
+    ``readout (outputs, PADDED + 4)``. Gates are in the order of the rule: input, forget, cell, output.
+    """
+    if SKIP:  # noqa: SIM102, the one is known when this is compiled, the other is not
         if tl.load(skip_at) != 0:
             return
     lr = lr_value
@@ -145,7 +166,7 @@ def step_kernel(
     units = tl.arange(0, PADDED)
     square_at = units[:, None] * PADDED + units[None, :]
 
-    for start in range(0, CHUNK, BLOCK):
+    for start in range(0, tl.minimum(size - first, CHUNK), BLOCK):
         at = first + start + tl.arange(0, BLOCK)
         here = at < size
         grad = tl.load(grads + at, mask=here, other=0.0).to(tl.float32)
@@ -180,6 +201,8 @@ def step_kernel(
             tile = (layer * UNITS + units)[:, None] * size + at[None, :]
             inside = (units < UNITS)[:, None] & here[None, :]
             h = _load_units(hs, h_scales, tile, inside, at, size, layer, STATE)
+            high, low = _split(h)
+            below_high, below_low = _split(top)
             cell = _load_units(cs, c_scales, tile, inside, at, size, layer, STATE)
             update = tl.zeros((PADDED, BLOCK), dtype=tl.float32)
             output = tl.zeros((PADDED, BLOCK), dtype=tl.float32)
@@ -203,14 +226,10 @@ def step_kernel(
                         z += tl.load(weights + 3 * PADDED)[:, None] * x3[None, :]
                         z += tl.load(weights + 4 * PADDED)[:, None] * x4[None, :]
                 else:
-                    square_below = below + ((layer - 1) * 4 + gate) * PADDED * PADDED
-                    z = tl.dot(tl.load(square_below + square_at), top, z, input_precision=PRECISION)
-                z = tl.dot(
-                    tl.load(recurrent + (layer * 4 + gate) * PADDED * PADDED + square_at),
-                    h,
-                    z,
-                    input_precision=PRECISION,
-                )
+                    weights_below = below + ((layer - 1) * 4 + gate) * PADDED * PADDED + square_at
+                    z = _product(weights_below, (LAYERS - 1) * 4 * PADDED * PADDED, below_high, below_low, z)
+                weights_own = recurrent + (layer * 4 + gate) * PADDED * PADDED + square_at
+                z = _product(weights_own, LAYERS * 4 * PADDED * PADDED, high, low, z)
                 if gate == 0:
                     update = tl.sigmoid(z)
                 elif gate == 1:
@@ -257,7 +276,6 @@ def sums_kernel(
     corrections,
     num_tensors,
     sums,
-    num_chunks,
     decay0,
     decay1,
     decay2,
@@ -267,7 +285,7 @@ def sums_kernel(
     GRAD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """What :class:`AdamLSTMRule` takes the means of, added up over each chunk: ``sums (3, num_chunks)``."""
+    """What :class:`AdamLSTMRule` takes the means of, added up over each chunk: ``sums (chunks, 3)``."""
     chunk = tl.program_id(0)
     tensor = tl.load(chunks + 2 * chunk)
     at = tl.load(chunks + 2 * chunk + 1) + tl.arange(0, CHUNK)
@@ -282,6 +300,6 @@ def sums_kernel(
     _, _, _, a, b, g = _directions(
         grad, fast, slow, square, corrections, tensor, num_tensors, decay0, decay1, decay2, eps
     )
-    tl.store(sums + chunk, tl.sum(param * param, axis=0))
-    tl.store(sums + num_chunks + chunk, tl.sum(a * g, axis=0))
-    tl.store(sums + 2 * num_chunks + chunk, tl.sum(b * b, axis=0))
+    tl.store(sums + 3 * chunk, tl.sum(param * param, axis=0))
+    tl.store(sums + 3 * chunk + 1, tl.sum(a * g, axis=0))
+    tl.store(sums + 3 * chunk + 2, tl.sum(b * b, axis=0))

@@ -1,0 +1,223 @@
+"""The Triton backend does what the reference does: under Triton's interpreter everywhere, and for real on a GPU.
+
+Whether triton interprets is decided when it is imported, so the tests of the interpreter run this file as a program.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from learnedopt import LearnedOptimizer
+from learnedopt.kernels import Case, get_backend, state_layout, triton_backend
+from learnedopt.kernels.state import CODES
+from learnedopt.rules import (
+    AdamLSTMConfig,
+    AdamLSTMRule,
+    LSTMConfig,
+    LSTMRule,
+    MetaLSTMConfig,
+    MetaLSTMRule,
+    UpdateRule,
+)
+
+ROOT = Path(__file__).parents[2]
+RULES: dict[str, Callable[[], UpdateRule]] = {
+    "lstm": lambda: LSTMRule(),
+    "lstm, identity": lambda: LSTMRule(LSTMConfig(hidden_size=3, num_layers=1, preprocessing="identity")),
+    "meta-lstm": lambda: MetaLSTMRule(MetaLSTMConfig(hidden_size=6)),
+    "meta-lstm, as in the code": lambda: MetaLSTMRule(
+        MetaLSTMConfig(hidden_size=6, gate_feedback="preactivation", gradient_divisor=3.0)
+    ),
+    "adam-lstm": lambda: AdamLSTMRule(AdamLSTMConfig(hidden_size=8)),
+}
+SHAPES: tuple[tuple[int, ...], ...] = ((5, 3), (), (0, 2), (7,), (150,))
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-5}
+
+
+def trained(rule: UpdateRule) -> UpdateRule:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in rule.parameters():
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    return rule
+
+
+def run(
+    name: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    steps: int,
+    lr: float | Tensor = 0.7,
+    nonfinite: str = "propagate",
+) -> LearnedOptimizer:
+    """A short trajectory over tensors of several sizes, one of them transposed; a NaN in the second step."""
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in SHAPES]
+    params.append(torch.randn(4, 6, generator=generator).to(device, dtype).t())
+    optimizer = LearnedOptimizer(
+        [param.requires_grad_() for param in params],
+        trained(RULES[name]()),
+        lr,
+        0.1,
+        maximize=True,
+        nonfinite=nonfinite,  # type: ignore[arg-type]
+        state_dtype=state_dtype,
+        backend=backend,  # type: ignore[arg-type]
+    )
+    for step in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(device, dtype)
+        if step == 1:
+            params[0].grad[0, 0] = torch.nan  # type: ignore[index]
+        optimizer.step(loss=1.0 / (step + 1))
+    return optimizer
+
+
+def compare(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    steps: int,
+    lr: float | Tensor = 0.7,
+    nonfinite: str = "skip",
+) -> None:
+    expected, actual = (
+        run(name, backend, device, dtype, state_dtype, steps, lr, nonfinite) for backend in ("reference", "triton")
+    )
+    assert actual.backend == "triton"
+    kept = str(state_dtype).removeprefix("torch.")
+    layout = state_layout(RULES[name](), torch.float32, kept)  # type: ignore[arg-type]
+    pairs = zip(*(optimizer.param_groups[0]["params"] for optimizer in (actual, expected)), strict=True)
+    for one, two in pairs:
+        # Where what is kept is rounded the other way, later steps see it.
+        tolerance = TOLERANCE[dtype] + (0.0 if state_dtype == torch.float32 else 2e-2)
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for entry, spec in layout.items():
+            left, right = actual.state[one][entry], expected.state[two][entry]
+            assert left.dtype == right.dtype == spec.dtype
+            if spec.dtype == torch.int8:
+                # Of what the codes stand for: near zero a small difference is several codes.
+                left, right = (codes.float() * codes.abs() / CODES**2 for codes in (left, right))
+                torch.testing.assert_close(left, right, rtol=0.0, atol=4e-2)
+            else:
+                slack = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[spec.dtype]
+                if state_dtype != torch.float32:
+                    slack = 2e-2
+                torch.testing.assert_close(left, right, rtol=slack, atol=slack, equal_nan=True)
+
+
+def main() -> None:
+    """Everything that the interpreter can show; it is slow, and small chunks have as many edges as large ones."""
+    triton_backend.CHUNK = 128
+    cpu = torch.device("cpu")
+    for name in RULES:
+        compare(name, cpu, torch.float32, torch.float32, steps=3)
+    for name, dtype, state_dtype in (
+        ("lstm", torch.bfloat16, torch.bfloat16),
+        ("meta-lstm", torch.float16, torch.int8),
+        ("adam-lstm", torch.bfloat16, torch.int8),
+    ):
+        compare(name, cpu, dtype, state_dtype, steps=2)
+    compare("lstm, identity", cpu, torch.float32, torch.float32, steps=3, nonfinite="propagate")
+    compare("adam-lstm", cpu, torch.float32, torch.int8, steps=3, nonfinite="propagate")
+    compare("meta-lstm", cpu, torch.float32, torch.float32, steps=2, lr=0.0)
+
+
+def test_under_the_interpreter_it_is_the_reference() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_it_says_what_it_cannot_serve() -> None:
+    backend, cuda = get_backend("triton"), torch.device("cuda")
+    pytest.importorskip("triton")
+    assert backend.refusal(Case(LSTMRule(), cuda, torch.float32, "int8")) is None
+    assert "cpu" in str(backend.refusal(Case(LSTMRule(), torch.device("cpu"), torch.float32, "int8")))
+    assert "float64" in str(backend.refusal(Case(LSTMRule(), cuda, torch.float64, "float32")))
+    large = LSTMRule(LSTMConfig(hidden_size=65))
+    assert "65" in str(backend.refusal(Case(large, cuda, torch.float32, "float32")))
+
+
+# On a GPU ----------------------------------------------------------------------------------------------------------
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_on_cuda_it_is_the_reference(name: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    cuda = torch.device("cuda")
+    compare(name, cuda, dtype, state_dtype, 50 if state_dtype == torch.float32 else 3, torch.tensor(0.7, device=cuda))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["lstm", "adam-lstm"])
+def test_a_step_is_one_launch_and_waits_for_nothing(name: str) -> None:
+    cuda = torch.device("cuda")
+    optimizer = run(name, "triton", cuda, torch.float32, torch.float32, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step(loss=1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("step_kernel" in event.name for event in profile.events()) == 1
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["lstm", "adam-lstm"])
+def test_a_captured_step_replays(name: str) -> None:
+    cuda = torch.device("cuda")
+    expected, captured = (
+        run(name, "triton", cuda, torch.float32, torch.float32, 3, torch.tensor(0.7, device=cuda)) for _ in range(2)
+    )
+    graph = torch.cuda.CUDAGraph()
+    before = [param.detach().clone() for param in captured.param_groups[0]["params"]]
+    with torch.cuda.graph(graph):
+        captured.step()
+    for param, value in zip(captured.param_groups[0]["params"], before):
+        torch.testing.assert_close(param, value, equal_nan=True)  # captured, not run
+    for _ in range(3):
+        graph.replay()
+        expected.step()
+    for one, two in zip(*(optimizer.param_groups[0]["params"] for optimizer in (captured, expected)), strict=True):
+        torch.testing.assert_close(one, two, equal_nan=True)
+
+
+@on_a_gpu
+def test_it_runs_on_the_stream_that_is_current() -> None:
+    cuda = torch.device("cuda")
+    param = torch.zeros(100_000, device=cuda, requires_grad=True)
+    param.grad = torch.zeros_like(param)
+    optimizer = LearnedOptimizer([param], trained(LSTMRule()), backend="triton")
+    optimizer.step()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        param.grad.fill_(1.0)
+        optimizer.step()
+        after = param.detach().clone()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(param, after)
+
+
+if __name__ == "__main__":
+    main()
