@@ -12,7 +12,21 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from learnedopt.optim.blocks import update_in_blocks
+from learnedopt.kernels import (
+    Backend,
+    BackendName,
+    Case,
+    ReferenceBackend,
+    StateDtype,
+    StoredSpec,
+    Tensors,
+    check_name,
+    choose,
+    keep_state,
+    read_state,
+    state_layout,
+    step,
+)
 from learnedopt.optim.registry import RuleLike, RuleRegistry
 from learnedopt.optim.sharding import (
     Spread,
@@ -22,6 +36,7 @@ from learnedopt.optim.sharding import (
     local,
     mean_over,
     spread,
+    total_over,
     whole,
     zeros_beside,
 )
@@ -70,15 +85,22 @@ class LearnedOptimizer(Optimizer):
         weight_decay: Decoupled weight decay.
         maximize: Give the rule the negative gradient.
         nonfinite: What to do about gradients that are not finite: ``"propagate"``, ``"skip"`` or ``"raise"``.
+        state_dtype: How state is kept between steps: ``torch.float32`` (or wider, see above), ``torch.bfloat16``, or
+            ``torch.int8``; :mod:`learnedopt.kernels.state` says how and what of it. In the groups it is its name.
+        backend: What computes the step: ``"auto"``, the fastest that can serve and needs no compiling first, or one
+            asked for by name: ``"reference"``, ``"blocked"``, ``"native"`` or ``"triton"``. They agree up to
+            rounding. Of the optimizer, not of its groups or its ``state_dict``.
 
     Raises:
         TypeError: ``rule`` is none of the above.
-        ValueError: ``lr`` or ``weight_decay`` is negative or not finite, ``nonfinite`` is none of the three,
-            ``params`` is empty, or the rule is not in the zoo, is damaged, or is of a kind that this class does not
-            run.
+        ValueError: ``lr`` or ``weight_decay`` is negative or not finite, ``nonfinite``, ``state_dtype`` or ``backend``
+            is none of those named, the backend cannot serve, ``params`` is empty, or the rule is not in the zoo, is
+            damaged, or is of a kind that this class does not run.
+        RuntimeError: the backend has to be compiled and cannot be.
 
     State per parameter, on its device: ``(*spec.shape, *param.shape)`` for each coordinate-scope entry of the rule's
-    :meth:`~learnedopt.rules.UpdateRule.state_spec`, ``spec.shape`` for each tensor-scope one.
+    :meth:`~learnedopt.rules.UpdateRule.state_spec`, ``spec.shape`` for each tensor-scope one; in eight bits, a scale
+    ``(*spec.shape[:-1], *param.shape)`` beside each vector.
 
     >>> from learnedopt.rules import AdamLSTMRule
     >>> weights = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
@@ -103,9 +125,21 @@ class LearnedOptimizer(Optimizer):
         *,
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
+        state_dtype: torch.dtype = torch.float32,
+        backend: BackendName = "auto",
     ) -> None:
-        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "nonfinite": nonfinite}
-        _check_options(options)
+        options = _checked(
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+                "nonfinite": nonfinite,
+                "state_dtype": state_dtype,
+            }
+        )
+        check_name(backend)
+        self._asked_backend = backend
+        self._backends: dict[Case, Backend] = {}
         self._rules = RuleRegistry()
         self._observed_loss: Loss | None = None
         # The default is loaded when the first group asks for it: each may bring its own rule.
@@ -120,12 +154,29 @@ class LearnedOptimizer(Optimizer):
         """
         if isinstance(param_group, dict):
             # A copy, because the rule gives way to its identity and the caller may use the dictionary again.
-            param_group = dict(param_group)
-            _check_options(param_group)
+            param_group = _checked(param_group)
             if param_group.get("rule_sha256") not in self._rules:
                 param_group.update(self._identity(param_group.get("rule")))
         super().add_param_group(param_group)
         self._place_rule(self.param_groups[-1])
+
+    @property
+    def backend(self) -> str:
+        """What computes the step of these parameters where they are now; for each device if that differs.
+
+        Under ``torch.compile`` the compiler does, from the reference, unless another backend was asked for.
+
+        >>> from learnedopt.rules import LSTMRule
+        >>> LearnedOptimizer([torch.ones(2)], rule=LSTMRule(), backend="blocked").backend
+        'blocked'
+        """
+        chosen = {
+            (case.device, self._choose(case).name): None for group in self.param_groups for case in self._cases(group)
+        }
+        names = {name for _, name in chosen}
+        if len(names) == 1:
+            return names.pop()
+        return ", ".join(f"{name} on {device}" for device, name in chosen)
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
@@ -191,11 +242,15 @@ class LearnedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what :meth:`state_dict` gave. State keeps its precision and shares no memory with ``state_dict``.
 
+        Options become those of ``state_dict``, except for ``state_dtype``: state that was kept in another dtype is
+        converted to this optimizer's.
+
         Raises:
             ValueError: the state belongs to another rule than this optimizer runs, or its groups or shapes do not
                 match.
         """
         saved: StateDict = {}
+        state_dtypes = [group["state_dtype"] for group in self.param_groups]
 
         # The base class would cast state to the dtype of its parameter, so it is given the groups alone. The first
         # hook runs after the user's own and the second before them: they see, and may change, everything.
@@ -206,12 +261,16 @@ class LearnedOptimizer(Optimizer):
             return {**state_dict, "state": {}}
 
         def restore_state(_: Optimizer) -> None:
-            for group, saved_group in zip(self.param_groups, saved["param_groups"]):
+            for group, saved_group, kept in zip(self.param_groups, saved["param_groups"], state_dtypes):
                 sha256 = group["rule_sha256"]
+                dtypes = saved_group.get("state_dtype", "float32"), kept
+                group["state_dtype"] = kept
                 for param, index in zip(group["params"], saved_group["params"]):
                     if index in saved["state"]:
                         dtype = self._rules.dtype(sha256, param.dtype.to_real())
-                        self.state[param] = _load_state(self._rules[sha256], param, saved["state"][index], dtype)
+                        self.state[param] = _load_state(
+                            self._rules[sha256], param, saved["state"][index], dtype, *dtypes
+                        )
 
         handles = [
             self.register_load_state_dict_pre_hook(take_state),
@@ -224,11 +283,13 @@ class LearnedOptimizer(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rules": self._rules, "_observed_loss": self._observed_loss}
+        kept = {key: getattr(self, key) for key in ("_rules", "_observed_loss", "_asked_backend")}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._asked_backend, self._backends = "auto", {}
         super().__setstate__(state)
-        for key, value in {"maximize": False, "nonfinite": "propagate"}.items():
+        for key, value in {"maximize": False, "nonfinite": "propagate", "state_dtype": "float32"}.items():
             self.defaults.setdefault(key, value)
             for group in self.param_groups:
                 group.setdefault(key, self.defaults[key])
@@ -248,11 +309,31 @@ class LearnedOptimizer(Optimizer):
             self.defaults.update(self._rules.add(self.default_rule, self.rule_class))
         return {key: self.defaults[key] for key in ("rule", "rule_sha256")}
 
+    def _cases(self, group: dict[str, Any]) -> list[Case]:
+        """What a group asks of backends."""
+        sha256 = group["rule_sha256"]
+        places = [(param.device, self._rules.dtype(sha256, param.dtype.to_real())) for param in group["params"]]
+        return [
+            Case(self._rules.placed(sha256, device, dtype), device, dtype, group["state_dtype"])
+            for device, dtype in dict.fromkeys(places)
+        ]
+
+    def _choose(self, case: Case) -> Backend:
+        """Chosen once: a step does not change because something was compiled in the meantime."""
+        if torch.compiler.is_compiling() and self._asked_backend == "auto":
+            return ReferenceBackend()
+        if case not in self._backends:
+            self._backends[case], _ = choose(case, self._asked_backend)
+        return self._backends[case]
+
     def _place_rule(self, group: dict[str, Any]) -> None:
-        """Copy the rule to where a group's parameters are: now, as a copy cannot be part of a compiled step."""
-        for param in group["params"]:
-            dtype = self._rules.dtype(group["rule_sha256"], param.dtype.to_real())
-            self._rules.placed(group["rule_sha256"], param.device, dtype)
+        """Copy the rule to where a group's parameters are: now, as a copy cannot be part of a compiled step.
+
+        And say now if the backend that was asked for cannot serve; of parameters that are nowhere yet, later.
+        """
+        for case in self._cases(group):
+            if case.device.type != "meta":
+                self._choose(case)
 
     def _check_same_rules(self, saved_groups: list[dict[str, Any]]) -> None:
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups)):
@@ -271,7 +352,9 @@ class LearnedOptimizer(Optimizer):
                     entry: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     for entry, value in saved["state"].get(key, {}).items()
                 }
-                if found and found != (expected := _state_shapes(rule, _as_real(param))):
+                dtype = self._rules.dtype(group["rule_sha256"], param.dtype.to_real())
+                layout = state_layout(rule, dtype, saved_group.get("state_dtype", "float32"))
+                if found and found != (expected := _state_shapes(layout, _as_real(param))):
                     raise ValueError(
                         f"{name} has shape {tuple(param.shape)} and its state the shapes {expected}, but the state to "
                         f"load has {found}: its parameters must be those of this optimizer, in the same order"
@@ -326,36 +409,42 @@ class LearnedOptimizer(Optimizer):
         return loss.reshape(())
 
     def _update_group(self, group: dict[str, Any], loss: Tensor | None, skip: Tensor | None) -> None:
-        """Gather gradients and state here; statistics, the rule and the writing are :func:`update_in_blocks`."""
+        """Gather parameters, gradients and state by device, dtype and sharding; a backend does the rest."""
         sha256, lr = group["rule_sha256"], group["lr"]
-        batches: dict[
-            tuple[torch.device, torch.dtype, Spread | None], tuple[list[Tensor], list[Tensor], list[State]]
-        ] = {}
+        batches: dict[tuple[torch.device, torch.dtype, Spread | None], list[tuple[Tensor, Tensor, State]]] = {}
         for param in dict.fromkeys(group["params"]):
             if param.grad is None:
                 continue
             value, grad = _as_real(param), _as_real(align(param.grad, param))
-            device, dtype = value.device, self._rules.dtype(sha256, value.dtype)
+            key = value.device, self._rules.dtype(sha256, value.dtype), spread(value)
             state = self.state[param]
             if not state:
-                state.update(_init_state(self._rules[sha256], value, dtype))
-            params, grads, states = batches.setdefault((device, dtype, spread(value)), ([], [], []))
-            params.append(value)
-            grads.append(-grad if group["maximize"] else grad)
-            states.append(state)
+                state.update(_init_state(self._rules[sha256], value, key[1], group["state_dtype"]))
+            batches.setdefault(key, []).append((value, grad, state))
         if self._rules[sha256].needs_loss and loss is None:
             return
-        for (device, dtype, layout), (params, grads, states) in batches.items():
+        for (device, dtype, layout), batch in batches.items():
             given = None if loss is None else _sent(loss, device, dtype)
             if given is not None and layout is not None:
                 given = mean_over(layout[0], given)
+            params, grads, states = zip(*batch)
+            tensors = Tensors(
+                [local(param) for param in params],
+                [local(grad) for grad in grads],
+                [{name: local(values) for name, values in state.items()} for state in states],
+                dtype=dtype,
+                state_dtype=group["state_dtype"],
+                counts=[param.numel() for param in params],
+                total=None if layout is None else total_over(layout),
+                maximize=group["maximize"],
+            )
+            rule = self._rules.placed(sha256, device, dtype)
+            backend = self._choose(Case(rule, device, dtype, group["state_dtype"]))
             with _without_autocast(device):
-                update_in_blocks(
-                    self._rules.placed(sha256, device, dtype),
-                    params,
-                    grads,
-                    states,
-                    dtype=dtype,
+                step(
+                    backend,
+                    rule,
+                    tensors,
                     lr=_sent(lr.reshape(()), device, dtype) if isinstance(lr, Tensor) else lr,
                     weight_decay=group["weight_decay"],
                     loss=given,
@@ -363,31 +452,41 @@ class LearnedOptimizer(Optimizer):
                 )
 
 
-def _init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype) -> State:
+def _init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype: StateDtype) -> State:
     return {
-        name: zeros_beside(param, spec.shape, dtype)
+        name: zeros_beside(param, spec.shape, spec.dtype)
         if spec.scope == "coordinate"
-        else torch.zeros(spec.shape, dtype=dtype, device=param.device)
-        for name, spec in rule.state_spec().items()
+        else torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
+        for name, spec in state_layout(rule, dtype, state_dtype).items()
     }
 
 
 @torch.no_grad()
-def _load_state(rule: UpdateRule, param: Tensor, saved: State, dtype: torch.dtype) -> State:
+def _load_state(
+    rule: UpdateRule, param: Tensor, saved: State, dtype: torch.dtype, saved_as: StateDtype, state_dtype: StateDtype
+) -> State:
     """A copy of saved state as it should be for a parameter: precision, device, and spread over processes."""
-    spec = rule.state_spec()
-    return {
-        name: copy_beside(_as_real(param), values, dtype)
-        if spec[name].scope == "coordinate"
-        else whole(values).to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
+    param = _as_real(param)
+    layout = state_layout(rule, dtype, saved_as)
+    placed = {
+        name: copy_beside(param, values, layout[name].dtype)
+        if layout[name].scope == "coordinate"
+        else whole(values).to(param.device, layout[name].dtype, copy=True, memory_format=torch.contiguous_format)
         for name, values in saved.items()
     }
+    if saved_as == state_dtype or not placed:
+        return placed
+    flat = {name: local(values).reshape(*layout[name].shape, -1) for name, values in placed.items()}
+    state = _init_state(rule, param, dtype, state_dtype)
+    values = keep_state(read_state(flat, rule.state_spec(), dtype), state_layout(rule, dtype, state_dtype))
+    for name, value in values.items():
+        local(state[name]).copy_(value.view(local(state[name]).shape))
+    return state
 
 
-def _state_shapes(rule: UpdateRule, param: Tensor) -> dict[str, tuple[int, ...]]:
+def _state_shapes(layout: dict[str, StoredSpec], param: Tensor) -> dict[str, tuple[int, ...]]:
     return {
-        name: spec.shape + (tuple(param.shape) if spec.scope == "coordinate" else ())
-        for name, spec in rule.state_spec().items()
+        name: spec.shape + (tuple(param.shape) if spec.scope == "coordinate" else ()) for name, spec in layout.items()
     }
 
 
@@ -419,8 +518,8 @@ def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Reject what no group may have; the wording is torch's."""
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a group's options as they are kept; those that no group may have are refused, in torch's words."""
     lr, weight_decay = options.get("lr", 0.0), options.get("weight_decay", 0.0)
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
@@ -431,3 +530,10 @@ def _check_options(options: dict[str, Any]) -> None:
     nonfinite = options.get("nonfinite", "propagate")
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {nonfinite!r}")
+    if "state_dtype" not in options:
+        return dict(options)
+    # By name, so that a state_dict holds plain values only; a group of another optimizer already has the name.
+    state_dtype = str(options["state_dtype"]).removeprefix("torch.")
+    if state_dtype not in get_args(StateDtype):
+        raise ValueError(f"state_dtype must be one of {get_args(StateDtype)} of torch, got {options['state_dtype']!r}")
+    return {**options, "state_dtype": state_dtype}

@@ -9,15 +9,12 @@ Plain tensors pass through these functions as they are.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from learnedopt.rules import Segments, State
 
 if TYPE_CHECKING:  # its import takes seconds, and whoever has a DTensor has done it
     from torch.distributed.device_mesh import DeviceMesh
@@ -44,28 +41,9 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_distributed(tensor) else tensor
 
 
-def local_parts(
-    params: list[Tensor], grads: list[Tensor], states: list[State]
-) -> tuple[list[Tensor], list[Tensor], list[State]]:
-    """What this process holds of parameters, their gradients and their state."""
-    memory = [{name: local(values) for name, values in state.items()} for state in states]
-    return [local(param) for param in params], [local(grad) for grad in grads], memory
-
-
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, as a plain one. Every process of its mesh must ask."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
-
-
-def largest_shard(tensor: Tensor) -> int:
-    """The number of coordinates of the largest shard: the same on every process."""
-    if not is_distributed(tensor):
-        return tensor.numel()
-    shape = list(tensor.shape)
-    for processes, placement in zip(tensor.device_mesh.shape, tensor.placements):
-        if _is_shard(placement):
-            shape[placement.dim] = math.ceil(shape[placement.dim] / processes)
-    return math.prod(shape)
 
 
 def align(grad: Tensor, param: Tensor) -> Tensor:
@@ -75,28 +53,16 @@ def align(grad: Tensor, param: Tensor) -> Tensor:
     return grad
 
 
-def segments_of(params: Sequence[Tensor]) -> Segments:
-    """The segments of parameters that are all spread alike."""
-    layout = spread(params[0])
-    sizes = [local(param).numel() for param in params]
-    return Segments(sizes) if layout is None else ShardedSegments(sizes, [param.numel() for param in params], layout)
+def total_over(layout: Spread) -> Callable[[Tensor], Tensor]:
+    """A function that adds up the values of all processes which hold different coordinates."""
+    mesh, sharded = layout
 
-
-class ShardedSegments(Segments):
-    """Segments of which this process holds ``sizes`` coordinates, and all processes ``counts``."""
-
-    def __init__(self, sizes: Sequence[int], counts: Sequence[int], layout: Spread) -> None:
-        super().__init__(sizes)
-        self.counts = tuple(counts)
-        self._layout = layout
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over each tensor, all shards of it: ``(..., N) -> (..., S)``."""
-        mesh, sharded = self._layout
-        total = super().sum(x)
+    def total(values: Tensor) -> Tensor:
         for dim in sharded:
-            dist.all_reduce(total, group=mesh.get_group(dim))
-        return total
+            dist.all_reduce(values, group=mesh.get_group(dim))
+        return values
+
+    return total
 
 
 def mean_over(mesh: DeviceMesh, value: Tensor) -> Tensor:

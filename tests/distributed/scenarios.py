@@ -37,7 +37,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from learnedopt import LearnedOptimizer, MetaLSTMOptimizer
-from learnedopt.optim import blocks
+from learnedopt.kernels import blocks
 from learnedopt.rules import MetaLSTMConfig, MetaLSTMRule
 from tests.optim.reference import CASES, Case, TraceRule, same_bits
 
@@ -219,6 +219,22 @@ def fsdp2_in_blocks_equals_one_process(case: Case) -> None:
     finally:
         blocks.BLOCK = block
     close(optimizer, expected, TOLERANCE[torch.float64])
+
+
+@each_case
+def fsdp2_with_state_in_eight_bits_equals_one_process(case: Case) -> None:
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "state_dtype": torch.int8}
+    alone, (net, full_precision) = network(torch.float32), sharded(case)
+    expected, optimizer = (case.build([*model.parameters()], **options) for model in (alone, net))
+    train(alone, expected, 5)
+    train_on_my_half(net, optimizer, 5)
+    for param, other in zip(net.parameters(), alone.parameters()):
+        # A unit may be kept as the next code where its gradient was summed in another order.
+        assert torch.allclose(full(param), other, rtol=1e-2, atol=1e-2)
+    started_state(optimizer)
+    full_precision.load_state_dict(optimizer.state_dict())
+    started_state(full_precision)
+    assert all(value.dtype == torch.float32 for state in full_precision.state.values() for value in state.values())
 
 
 @each_case

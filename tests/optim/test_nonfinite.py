@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from learnedopt.optim import blocks
+from learnedopt.kernels import blocks
 from tests.optim.reference import (
     CASES,
     DTYPES,

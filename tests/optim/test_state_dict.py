@@ -97,6 +97,7 @@ def test_the_state_dict_holds_tensors_and_plain_values_only() -> None:
             "weight_decay": float,
             "maximize": bool,
             "nonfinite": str,
+            "state_dtype": str,
             "rule": str,
             "rule_sha256": str,
         }

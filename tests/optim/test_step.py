@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from learnedopt import LearnedOptimizer
-from learnedopt.optim import blocks
+from learnedopt.kernels import blocks
 from learnedopt.rules import LSTMConfig, LSTMRule, Segments
 from tests.optim.reference import (
     CASES,
