@@ -8,6 +8,7 @@ from learnedopt.tasks.char_rnn import CharRNN
 from learnedopt.tasks.conv import Conv
 from learnedopt.tasks.conv_pool import ConvPool
 from learnedopt.tasks.features import ConvFeatures, random_features, vgg16_features
+from learnedopt.tasks.from_functions import FromFunctions
 from learnedopt.tasks.ill_conditioned import IllConditioned
 from learnedopt.tasks.lasso import Lasso
 from learnedopt.tasks.logistic import Logistic
@@ -58,6 +59,7 @@ __all__ = [
     "Conv",
     "ConvFeatures",
     "ConvPool",
+    "FromFunctions",
     "IllConditioned",
     "Lasso",
     "Logistic",
