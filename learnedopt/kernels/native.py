@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.kernels import blocks, extension
+from learnedopt.kernels.adam_lstm import MOMENTS, statistics_from_sums
 from learnedopt.kernels.base import Backend, Case, Tensors
 from learnedopt.kernels.state import SCALE, state_layout
 from learnedopt.rules import AdamLSTMRule, LSTMRule, MetaLSTMRule, State, UpdateRule
@@ -133,25 +133,18 @@ def _decays(rule: AdamLSTMRule) -> tuple[float, float, float, float]:
 
 
 def _adam_lstm_statistics(rule: AdamLSTMRule, tensors: Tensors) -> tuple[Tensor, State]:
-    """What :meth:`AdamLSTMRule.statistics` computes, its sums in one pass."""
-    config = rule.config
-    step = torch.stack([state["step"] for state in tensors.states]) + 1.0
-    corrections = torch.stack(
-        [1.0 / (1.0 - decay**step) for decay in (config.fast_decay, config.slow_decay, config.square_decay)]
-    )
-    sums = torch.zeros(3, len(tensors.params), dtype=torch.float64)
-    for batch in _batches(rule, tensors):
-        entries = (batch.entry(name) for name in ("fast", "slow", "square"))
-        sums[:, batch.indices] += extension.operators().adam_lstm_sums(
-            batch.params, batch.grads, tensors.maximize, *entries, batch.columns(corrections), *_decays(rule)
-        )
-    sums = sums.to(tensors.dtype)
-    if tensors.total is not None:
-        sums = tensors.total(sums)
-    means = sums / torch.tensor([max(count, 1) for count in tensors.counts])
-    log_rms = (means + 1e-12).log().div(6.0).clamp(-7.0 / 3.0, 1.0)
-    time = step.clamp(max=config.max_time).log() / math.log(config.max_time)
-    return torch.cat([corrections, torch.stack([log_rms[0], means[1], log_rms[2], time])]), {"step": step}
+    """What :meth:`AdamLSTMRule.statistics` gives, its sums taken in one pass."""
+
+    def sums(corrections: Tensor) -> Tensor:
+        totals = torch.zeros(3, len(tensors.params), dtype=torch.float64)
+        for batch in _batches(rule, tensors):
+            entries = (batch.entry(name) for name in MOMENTS)
+            totals[:, batch.indices] += extension.operators().adam_lstm_sums(
+                batch.params, batch.grads, tensors.maximize, *entries, batch.columns(corrections), *_decays(rule)
+            )
+        return totals.to(tensors.dtype)
+
+    return statistics_from_sums(rule, tensors, sums)
 
 
 @dataclass(frozen=True)

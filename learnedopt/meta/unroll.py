@@ -147,7 +147,7 @@ def unroll(
     theta, state, loss, grad = episode.theta, episode.state, episode.loss, episode.grad
     differentiable = torch.is_grad_enabled()
     second_order = second_order and differentiable
-    losses = []
+    losses, path, slopes = [], [], []
     for _ in range(steps):
         inputs = (theta.flatten(), grad.flatten(), state, flat.segments, loss)
         if recompute and differentiable:
@@ -160,10 +160,9 @@ def unroll(
             measured, slope = loss, grad
         else:
             measured, slope = flat.loss_and_grad(theta, task.sample(generator, split), create_graph=second_order)
-        if not second_order:
-            inner = (theta * slope).sum(1)
-            measured = measured + (inner - inner.detach())
         losses.append(measured)
+        path.append(theta)
+        slopes.append(slope)
     after = replace(
         episode,
         theta=theta.detach(),
@@ -172,4 +171,8 @@ def unroll(
         grad=grad.detach(),
         step=episode.step + steps,
     )
-    return torch.stack(losses), after
+    found = torch.stack(losses)
+    if differentiable and not second_order:
+        inner = (torch.stack(path) * torch.stack(slopes)).sum(-1)
+        found = found + (inner - inner.detach())
+    return found, after
