@@ -426,13 +426,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--largest", type=int, metavar="POWER", help="10 to this power is the most parameters (7; 8 on CUDA)"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes and three rounds: to see that it runs")
     parser.add_argument("--out", type=Path, help="the JSON file; a table and a picture are written beside it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rounds = 3 if args.quick else args.rounds
-    largest = 5 if args.quick else 8 if args.device.type == "cuda" else 7
+    largest = args.largest or (5 if args.quick else 8 if args.device.type == "cuda" else 7)
     out = args.out or Path(f"benchmarks/results/step_cost_{args.device.type}{'_quick' if args.quick else ''}.json")
     speed = speeds(args.device)
     results: dict[str, Any] = {
@@ -445,11 +448,13 @@ def main() -> None:
         "speeds": speed,
         "steps": {},
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     for name, shapes in layouts([10**power for power in range(4, largest + 1)], models=not args.quick).items():
         results["steps"][name] = measure(shapes, rounds, args.device, speed)
-        print(name, {key: round(row["ns_per_parameter"], 2) for key, row in results["steps"][name]["rows"].items()})
+        rows = {key: round(row["ns_per_parameter"], 2) for key, row in results["steps"][name]["rows"].items()}
+        print(name, rows, flush=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")  # a long run that is cut short leaves what it has
     results["end_to_end"] = end_to_end(rounds, args.device, args.quick)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
     out.with_suffix(".md").write_text(report(results))
     picture(results, out.with_suffix(".png"))

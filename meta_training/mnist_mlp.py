@@ -7,9 +7,9 @@ Unlike the paper:
 
 * In three of four episodes the rule imitates a teacher: SGD with Nesterov momentum 0.9 and a learning rate falling as
   1.3 / (1 + t / 150) (imitation: Chen et al. 2020, arXiv:2010.09089). Windows of 20 steps alone lead to a rule that is
-  fastest for forty steps and then anneals too early, the short-horizon bias of truncation; in brief
-  trials, longer windows had meta-gradients too noisy to learn from. The teacher is tuned by hand, on training images, for steps 100 and 200 of
-  this network and of the deeper and wider ones that it is tested on.
+  fastest for forty steps and then anneals too early, the short-horizon bias of truncation; in brief trials, longer
+  windows had meta-gradients too noisy to learn from. The teacher is tuned by hand, on training images, for steps 100
+  and 200 of this network and of the deeper and wider ones that it is tested on.
 * Episodes are 100 to 200 steps long, not 100, since the paper looks at 200 too.
 * The meta-loss is the mean of the losses' logarithms. With the mean of the losses, the first steps drown the last.
 * Meta-gradients are of second order, which cost little more.
