@@ -427,7 +427,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--largest", type=int, metavar="POWER", help="10 to this power is the most parameters (7; 8 on CUDA)"
+        "--largest",
+        type=int,
+        metavar="POWER",
+        help="10 to this power is the most parameters (7; 8 on CUDA); below 7 without the models",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes and three rounds: to see that it runs")
     parser.add_argument("--out", type=Path, help="the JSON file; a table and a picture are written beside it")
@@ -449,7 +452,7 @@ def main() -> None:
         "steps": {},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    for name, shapes in layouts([10**power for power in range(4, largest + 1)], models=not args.quick).items():
+    for name, shapes in layouts([10**power for power in range(4, largest + 1)], models=largest > 6).items():
         results["steps"][name] = measure(shapes, rounds, args.device, speed)
         rows = {key: round(row["ns_per_parameter"], 2) for key, row in results["steps"][name]["rows"].items()}
         print(name, rows, flush=True)
