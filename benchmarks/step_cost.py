@@ -430,7 +430,7 @@ def main() -> None:
         "--largest",
         type=int,
         metavar="POWER",
-        help="10 to this power is the most parameters (7; 8 on CUDA); below 7 without the models",
+        help="10 to this power is the most parameters (7; 8 on CUDA); below 7 the models are left out",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes and three rounds: to see that it runs")
     parser.add_argument("--out", type=Path, help="the JSON file; a table and a picture are written beside it")
