@@ -13,6 +13,7 @@ from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, Update
 from learnedopt.rules.lstm import LSTMConfig, LSTMRule
 from learnedopt.rules.meta_lstm import MetaLSTMConfig, MetaLSTMRule
 from learnedopt.rules.preprocessing import log_sign
+from learnedopt.rules.schedule_free_lstm import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule
 
 RULES: dict[str, type[UpdateRule]] = {
     rule.config_class.kind: rule
@@ -20,6 +21,7 @@ RULES: dict[str, type[UpdateRule]] = {
         LSTMRule,
         MetaLSTMRule,
         AdamLSTMRule,
+        ScheduleFreeLSTMRule,
     )
 }
 
@@ -49,6 +51,8 @@ __all__ = [
     "MetaLSTMConfig",
     "MetaLSTMRule",
     "RuleConfig",
+    "ScheduleFreeLSTMConfig",
+    "ScheduleFreeLSTMRule",
     "Segments",
     "State",
     "StateSpec",

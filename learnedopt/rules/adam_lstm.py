@@ -104,10 +104,8 @@ class AdamLSTMRule(UpdateRule):
         nn.init.zeros_(self.readout.bias)
 
     def state_spec(self) -> dict[str, StateSpec]:
-        shape = (self.config.num_layers, self.config.hidden_size)
         return {
-            "h": StateSpec(shape),
-            "c": StateSpec(shape),
+            **self.lstm.state_spec(),
             "fast": StateSpec(),
             "slow": StateSpec(),
             "square": StateSpec(),
@@ -122,7 +120,7 @@ class AdamLSTMRule(UpdateRule):
         weights of the two moments. The sum is finite for :math:`\beta^2 < \beta_v`, otherwise this is infinite.
         """
         config = self.config
-        fast, slow = (_momentum_bound(decay, config.square_decay) for decay in (config.fast_decay, config.slow_decay))
+        fast, slow = (momentum_bound(decay, config.square_decay) for decay in (config.fast_decay, config.slow_decay))
         mix = (1.0 + config.mix_bound) * fast + config.mix_bound * slow
         return config.nominal_step * math.exp(config.log_step_bound) * mix
 
@@ -176,7 +174,7 @@ class AdamLSTMRule(UpdateRule):
         return {"fast": fast, "slow": slow, "square": square}, normalised
 
 
-def _momentum_bound(decay: float, square_decay: float) -> float:
+def momentum_bound(decay: float, square_decay: float) -> float:
     gap = square_decay - decay * decay
     if gap <= 0.0:
         return math.inf

@@ -29,6 +29,9 @@ class StateSpec:
 
     shape: tuple[int, ...] = ()
     scope: Literal["coordinate", "tensor"] = "coordinate"
+    accumulates: bool = False
+    """Whether each step adds to the entry, as to the cells of an LSTM, instead of making it anew. Where it is kept in
+    few bits, its rounding errors add up, and it is given more of them."""
 
 
 class Segments:

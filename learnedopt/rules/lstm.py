@@ -71,8 +71,7 @@ class LSTMRule(UpdateRule):
         nn.init.zeros_(self.readout.bias)
 
     def state_spec(self) -> dict[str, StateSpec]:
-        shape = (self.config.num_layers, self.config.hidden_size)
-        return {"h": StateSpec(shape), "c": StateSpec(shape)}
+        return self.lstm.state_spec()
 
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
         if self.config.preprocessing == "log_sign":

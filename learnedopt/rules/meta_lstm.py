@@ -99,8 +99,7 @@ class MetaLSTMRule(UpdateRule):
         return [part.view(shape) for part, shape in zip(self.c0.split([math.prod(s) for s in shapes]), shapes)]
 
     def state_spec(self) -> dict[str, StateSpec]:
-        shape = (1, self.config.hidden_size)
-        return {"h": StateSpec(shape), "c": StateSpec(shape), "forget": StateSpec(), "input": StateSpec()}
+        return {**self.lstm.state_spec(), "forget": StateSpec(), "input": StateSpec()}
 
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None

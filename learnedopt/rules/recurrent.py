@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from learnedopt.rules.base import StateSpec
+
 
 class CoordinatewiseLSTM(nn.Module):
     r"""A stack of LSTM layers applied to each coordinate by itself, coordinates last.
@@ -43,6 +45,11 @@ class CoordinatewiseLSTM(nn.Module):
         with torch.no_grad():
             for bias in self.biases:
                 bias[hidden_size : 2 * hidden_size] = 1.0
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        """What a rule that runs it remembers of it, ``h`` and ``c``: ``(L, H)`` each."""
+        shape = (self.num_layers, self.hidden_size)
+        return {"h": StateSpec(shape), "c": StateSpec(shape, accumulates=True)}
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step.

@@ -152,8 +152,63 @@ class AdamLSTMReference(Reference):
         return moment / (1.0 - decay**self.time)
 
 
+class ScheduleFreeLSTMReference(AdamLSTMReference):
+    """Keeps the fast sequence and its average, as the paper has them, where the rule keeps their offset.
+
+    Only their difference follows from the updates: given parameters need not be where the updates led.
+    """
+
+    def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
+        super().__init__(rule, sizes)
+        self.z, self.x = ([[0.0] * n for n in sizes] for _ in range(2))
+
+    def between(self, t: int, j: int) -> float:
+        beta = self.config.interpolation
+        return float(beta * self.x[t][j] + (1.0 - beta) * self.z[t][j])
+
+    def tensor(self, t: int, param: list[float], grad: list[float]) -> list[float]:
+        config = self.config
+        a, g = [], []
+        offset = [config.interpolation * (self.z[t][j] - self.x[t][j]) for j in range(len(grad))]
+        for j, value in enumerate(grad):
+            self.fast[t][j] = self.average(self.fast[t][j], value, config.momentum_decay)
+            self.square[t][j] = self.average(self.square[t][j], value**2, config.square_decay)
+            d = math.sqrt(self.unbias(self.square[t][j], config.square_decay)) + config.eps
+            a.append(self.unbias(self.fast[t][j], config.momentum_decay) / d)
+            g.append(value / d)
+        log_rms_param, log_rms_a, log_rms_offset = (
+            math.log(mean([x**2 for x in values]) + 1e-12) / 2 for values in (param, a, offset)
+        )
+        rms_offset = max(math.sqrt(mean([x**2 for x in offset])), 1e-12)
+        rms_a = max(math.sqrt(mean([x**2 for x in a])), 1e-12)
+        shared = [
+            clip(log_rms_param, -7, 3) / 3,
+            mean([x * y for x, y in zip(a, g)]),
+            clip(log_rms_a, -7, 3) / 3,
+            -mean([x * y for x, y in zip(offset, a)]) / rms_offset / rms_a,
+            clip(log_rms_offset - log_rms_param, -7, 3) / 3,
+            math.log(min(self.time, config.max_time)) / math.log(config.max_time),
+        ]
+        inputs = [[a[j], g[j], abs(a[j]), offset[j] / rms_offset, *shared] for j in range(len(grad))]
+        return [self.move(t, j, a[j], g[j], inputs[j]) for j in range(len(grad))]
+
+    def move(self, t: int, j: int, a: float, g: float, inputs: list[float]) -> float:
+        config = self.config
+        h = self.lstms[t][j](inputs)
+        out = [self.readout("readout", row, h) for row in range(4)]
+        log_step = config.log_step_bound * math.tanh(config.log_step_gain * out[0] / config.log_step_bound)
+        mix = [config.mix_bound * math.tanh(o / config.mix_bound) for o in out[1:3]]
+        bound, power = config.log_averaging_bound, config.averaging_power
+        weight = (power + 1.0) / (self.time + power) * math.exp(bound * math.tanh(out[3] / bound))
+        before = self.between(t, j)
+        self.z[t][j] -= config.nominal_step * math.exp(log_step) * ((1.0 + mix[0]) * g + mix[1] * a)
+        self.x[t][j] = self.average(self.z[t][j], self.x[t][j], min(weight, 1.0))
+        return self.between(t, j) - before
+
+
 REFERENCES: dict[str, type[Reference]] = {
     "lstm": LSTMReference,
     "meta_lstm": MetaLSTMReference,
     "adam_lstm": AdamLSTMReference,
+    "schedule_free_lstm": ScheduleFreeLSTMReference,
 }

@@ -34,6 +34,21 @@ VARIANTS = [
         },
         id="adam_lstm-decays",
     ),
+    pytest.param(
+        {"kind": "schedule_free_lstm", "num_layers": 1, "hidden_size": 4, "max_time": 3.0, "averaging_power": 0.0},
+        id="schedule_free_lstm-small",
+    ),
+    pytest.param(
+        {
+            "kind": "schedule_free_lstm",
+            "momentum_decay": 0.5,
+            "square_decay": 0.98,
+            "eps": 1e-3,
+            "interpolation": 0.5,
+            "log_averaging_bound": 0.5,
+        },
+        id="schedule_free_lstm-decays",
+    ),
 ]
 
 # Derandomised, so that a run is the same wherever it happens.

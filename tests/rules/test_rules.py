@@ -16,7 +16,7 @@ from learnedopt.rules import RULES, Segments, build_rule
 from tests.rules.support import KINDS, VARIANTS, property_test, random_rule, random_values, run
 
 # Rules that look at tensors as wholes; for the others the borders between tensors mean nothing.
-READS_TENSORS = {"adam_lstm"}
+READS_TENSORS = {"adam_lstm", "schedule_free_lstm"}
 
 STEPS = 3
 
@@ -227,7 +227,13 @@ def test_empty_tensors_are_served(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "floats"), [("lstm", 2 * 2 * 20), ("meta_lstm", 2 * 20 + 2), ("adam_lstm", 2 * 2 * 20 + 3)]
+    ("kind", "floats"),
+    [
+        ("lstm", 2 * 2 * 20),
+        ("meta_lstm", 2 * 20 + 2),
+        ("adam_lstm", 2 * 2 * 20 + 3),
+        ("schedule_free_lstm", 2 * 2 * 8 + 3),
+    ],
 )
 def test_state_bytes_per_parameter(kind: str, floats: int) -> None:
     rule = build_rule({"kind": kind})

@@ -1,0 +1,207 @@
+"""The default rule: an LSTM that modulates Schedule-Free Adam."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from learnedopt.rules.adam_lstm import momentum_bound
+from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
+from learnedopt.rules.recurrent import CoordinatewiseLSTM
+
+# Rows of the statistics: two bias corrections, the averaging weight, one over the RMS of the offset, then the features
+# that every coordinate of a tensor shares.
+_CORRECTIONS = 2
+_SHARED_FEATURES = 6
+_COORDINATE_FEATURES = 4
+
+
+@dataclass(frozen=True)
+class ScheduleFreeLSTMConfig(RuleConfig):
+    """Settings of :class:`ScheduleFreeLSTMRule`."""
+
+    kind: ClassVar[str] = "schedule_free_lstm"
+    hidden_size: int = 8
+    num_layers: int = 2
+    momentum_decay: float = 0.9
+    """Decay of the momentum :math:`m`."""
+    square_decay: float = 0.999
+    """Decay of the second moment, :math:`\\beta_v`."""
+    eps: float = 1e-12
+    nominal_step: float = 0.015
+    """Step size before training, when the read-out is zero."""
+    interpolation: float = 0.9
+    """:math:`\\beta`: where between the fast sequence (0) and its average (1) gradients are taken."""
+    averaging_power: float = 3.0
+    """:math:`k`: before training, the iterate of step :math:`j` has about the weight :math:`j^k` in the average."""
+    log_step_gain: float = 3.0
+    log_step_bound: float = 5.0
+    """The learned step size stays within a factor ``exp(log_step_bound)`` of ``nominal_step``."""
+    mix_bound: float = 3.0
+    """Bound of the learned weights of gradient and momentum."""
+    log_averaging_bound: float = 1.5
+    """The learned averaging weight stays within a factor ``exp(log_averaging_bound)`` of the nominal one."""
+    max_time: float = 3000.0
+    """As a feature, the step number is not told apart beyond this. The averaging weight goes on falling."""
+
+
+class ScheduleFreeLSTMRule(UpdateRule):
+    r"""Schedule-Free Adam, its step sizes, directions and averaging chosen at every step and coordinate by an LSTM.
+
+    Schedule-Free optimization moves a fast sequence :math:`z`, averages it into :math:`x`, and takes gradients in
+    between, at :math:`\theta = \beta x + (1-\beta) z`; averaging does what a decaying step size is otherwise needed
+    for, without knowing how long the run is. Here :math:`\theta` are the parameters and the only further memory is the
+    offset :math:`d = z - \theta`. With :math:`m` the momentum, :math:`v` the second moment, hats for bias correction,
+    :math:`\tilde g = g/(\sqrt{\hat v} + \epsilon)` and :math:`a = \hat m/(\sqrt{\hat v} + \epsilon)`, let
+
+    .. math::
+        (o_0, \dots, o_3) &= W\,\mathrm{LSTM}(a, \tilde g, |a|, d / \mathrm{rms}(d), \text{tensor and time features})
+            + w \\
+        s &= \alpha\, e^{S \tanh(\gamma o_0 / S)}\, \big((1 + r_1)\, \tilde g + r_2\, a\big),
+            \qquad r_k = M \tanh(o_k / M) \\
+        c &= \min\!\Big(1,\ \frac{k + 1}{t + k}\, e^{C \tanh(o_3 / C)}\Big) \\
+        \Delta\theta &= c\, d - (1 - \beta + \beta c)\, s, \qquad d \leftarrow (1 - c)(d - \beta s)
+
+    which is :math:`z \leftarrow z - s`, :math:`x \leftarrow (1 - c) x + c z` in other coordinates. The tensor features
+    are the log RMS of the parameter, the mean of :math:`a \tilde g` (the alignment of momentum and gradient), the log
+    RMS of :math:`a` (how consistent gradients are), the cosine between :math:`d` and :math:`-a` (whether the way so far
+    is still the way down), and the log RMS of :math:`d` over that of the parameter; the log RMSs and their difference
+    are divided by 3 and clamped to [-7/3, 1]. The time feature is :math:`\log t`, over its value at ``max_time``. As
+    tensors are seen as wholes, splitting a tensor in two changes its updates.
+
+    What follows from the form, whatever the weights (``tests/rules/`` checks each):
+
+    * A coordinate whose gradients have all been zero does not move; nor does anything at ``lr=0``.
+    * Multiplying the loss by a constant changes nothing (up to ``eps``).
+    * :math:`|\Delta\theta|` has a bound (:meth:`update_bound`).
+    * Untrained, with the read-out at zero, it is Schedule-Free Adam with step size :math:`\alpha` and polynomial
+      averaging.
+
+    ``lr`` multiplies :math:`\Delta\theta`, which is the same as multiplying :math:`s`, as long as it does not change.
+
+    Shapes: state ``h``, ``c`` are ``(num_layers, hidden_size, N)``; ``momentum``, ``square``, ``offset`` are ``(N,)``;
+    ``step`` is ``(S,)``.
+
+    Source: this project. The form is that of Defazio et al. 2024, *The Road Less Scheduled* (arXiv:2405.15682, section
+    2), the nominal averaging weight that of Shamir & Zhang 2013 (arXiv:1212.1824, section 4), and the nominal term an
+    idea of STAR (Harrison et al. 2022, arXiv:2209.11208, section 4).
+
+    >>> rule, segments = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(nominal_step=0.01)), Segments([2])
+    >>> delta, _ = rule.update(torch.ones(2), torch.tensor([5.0, -2.0]), rule.init_state(segments), segments)
+    >>> delta
+    tensor([-0.0100,  0.0100], grad_fn=<SubBackward0>)
+    """
+
+    config_class = ScheduleFreeLSTMConfig
+    config: ScheduleFreeLSTMConfig
+    zero_gradient_is_noop = True
+
+    def __init__(self, config: ScheduleFreeLSTMConfig | None = None) -> None:
+        super().__init__(config or ScheduleFreeLSTMConfig())
+        config = self.config
+        for name in ("momentum_decay", "square_decay", "interpolation"):
+            if not 0.0 <= getattr(config, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+        positive = ("eps", "nominal_step", "log_step_gain", "log_step_bound", "mix_bound", "log_averaging_bound")
+        for name in positive:
+            if not 0.0 < getattr(config, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
+        if config.eps < 1e-18:
+            raise ValueError(f"eps must be at least 1e-18, below which float32 squares vanish, got {config.eps}")
+        if not 0.0 <= config.averaging_power < math.inf:
+            raise ValueError(f"averaging_power must be finite and not negative, got {config.averaging_power}")
+        if not 1.0 < config.max_time < math.inf:
+            raise ValueError(f"max_time must be above 1 and finite, got {config.max_time}")
+        features = _COORDINATE_FEATURES + _SHARED_FEATURES
+        self.lstm = CoordinatewiseLSTM(features, config.hidden_size, config.num_layers)
+        self.readout = nn.Linear(config.hidden_size, 4)
+        nn.init.zeros_(self.readout.weight)
+        nn.init.zeros_(self.readout.bias)
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        shape = (self.config.num_layers, self.config.hidden_size)
+        return {
+            "h": StateSpec(shape),
+            "c": StateSpec(shape),
+            "momentum": StateSpec(),
+            "square": StateSpec(),
+            "offset": StateSpec(),
+            "step": StateSpec(scope="tensor"),
+        }
+
+    def update_bound(self) -> float:
+        r"""The largest change of any coordinate in one step at ``lr=1``, for any weights and any gradients.
+
+        With :math:`\kappa` as in :meth:`AdamLSTMRule.update_bound`,
+        :math:`|s| \le \sigma = \alpha\, e^{S}\, ((1 + M)\, \kappa_{\tilde g} + M \kappa_a)`. Averaging weights never
+        fall below :math:`e^{-2C}` times what a later one can be, so :math:`|c\, d| \le \beta e^{2C} \sigma` and
+        :math:`|\Delta\theta| \le (1 + \beta e^{2C})\, \sigma`. Infinite unless ``momentum_decay² < square_decay``.
+        """
+        config = self.config
+        gradient, momentum = (momentum_bound(decay, config.square_decay) for decay in (0.0, config.momentum_decay))
+        mix = (1.0 + config.mix_bound) * gradient + config.mix_bound * momentum
+        step = config.nominal_step * math.exp(config.log_step_bound) * mix
+        return step * (1.0 + config.interpolation * math.exp(2.0 * config.log_averaging_bound))
+
+    def statistics(
+        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        config = self.config
+        step, offset = state["step"] + 1.0, state["offset"]
+        corrections = torch.stack([_bias_correction(d, step) for d in (config.momentum_decay, config.square_decay)])
+        _, (a, g) = self._directions(grad, state, segments.expand(corrections))
+        means = segments.mean(torch.stack([param.square(), a * g, a.square(), offset.square(), offset * a]))
+        averaging = (config.averaging_power + 1.0) / (step + config.averaging_power)
+        rms_offset, rms_a = (means[row].clamp(min=1e-24).sqrt() for row in (3, 2))
+        log_param, log_a, log_offset = (means[row].add(1e-12).log() / 6.0 for row in (0, 2, 3))
+        shared = torch.stack(
+            [
+                log_param.clamp(-7.0 / 3.0, 1.0),
+                means[1],
+                log_a.clamp(-7.0 / 3.0, 1.0),
+                -means[4] / (rms_offset * rms_a),
+                (log_offset - log_param).clamp(-7.0 / 3.0, 1.0),
+                step.clamp(max=config.max_time).log() / math.log(config.max_time),
+            ]
+        )
+        return torch.cat([corrections, averaging[None], 1.0 / rms_offset[None], shared]), {"step": step}
+
+    def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
+        config = self.config
+        offset = state["offset"]
+        moments, (a, g) = self._directions(grad, state, statistics[:_CORRECTIONS])
+        averaging, per_offset, shared = statistics[_CORRECTIONS:].split([1, 1, _SHARED_FEATURES])
+        x = torch.cat([torch.stack([a, g, a.abs(), offset * per_offset[0]]), shared.expand(-1, grad.numel())])
+        top, h, c = self.lstm(x, state["h"], state["c"])
+        out = torch.addmm(self.readout.bias.unsqueeze(1), self.readout.weight, top)
+        log_step = config.log_step_bound * torch.tanh(out[0] * (config.log_step_gain / config.log_step_bound))
+        mix = config.mix_bound * torch.tanh(out[1:3] / config.mix_bound)
+        log_weight = config.log_averaging_bound * torch.tanh(out[3] / config.log_averaging_bound)
+        weight = (averaging[0] * torch.exp(log_weight)).clamp(max=1.0)
+        move = config.nominal_step * torch.exp(log_step) * ((1.0 + mix[0]) * g + mix[1] * a)
+        beta = config.interpolation
+        delta = weight * offset - (1.0 - beta + beta * weight) * move
+        return delta, {"h": h, "c": c, "offset": (1.0 - weight) * (offset - beta * move), **moments}
+
+    def _directions(self, grad: Tensor, state: State, corrections: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
+        """The new moments, and the momentum and the gradient over the running RMS."""
+        config = self.config
+        # Beyond this the square overflows, and an infinite second moment turns into NaN at the next step.
+        limit = 0.5 * math.sqrt(torch.finfo(grad.dtype).max)
+        grad = grad.clamp(-limit, limit)
+        # Not torch.lerp: in float32 it takes 1 - 0.999 for a number that is off by 1e-5 of itself.
+        fast, slow = config.momentum_decay, config.square_decay
+        momentum = fast * state["momentum"] + (1.0 - fast) * grad
+        square = slow * state["square"] + (1.0 - slow) * grad.square()
+        # The square root of zero has no derivative; the clamp keeps second-order meta-gradients from NaN there.
+        rms = (square * corrections[1]).clamp(min=torch.finfo(grad.dtype).tiny).sqrt() + config.eps
+        return {"momentum": momentum, "square": square}, (momentum * corrections[0] / rms, grad / rms)
+
+
+def _bias_correction(decay: float, step: Tensor) -> Tensor:
+    """``1 / (1 - decay**step)``, without the digits that the subtraction would lose in float32."""
+    return -1.0 / torch.expm1(step * math.log(decay)) if decay else torch.ones_like(step)

@@ -1,0 +1,134 @@
+"""What the form of the Schedule-Free LSTM promises, whatever its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learnedopt.rules import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule, Segments
+from tests.rules.support import property_test, random_rule, random_values, run
+
+KIND = "schedule_free_lstm"
+
+
+@property_test
+@given(exponent=st.integers(-8, 8), seed=st.integers(0, 100))
+def test_multiplying_the_loss_changes_nothing(exponent: int, seed: int) -> None:
+    rule, segments = random_rule({"kind": KIND, "eps": 1e-18}, seed=seed), Segments([4, 2])
+    params = random_values((10, 6), seed)
+    grads = torch.randn(10, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with torch.no_grad():
+        deltas, _ = run(rule, segments, params, grads)
+        scaled, _ = run(rule, segments, params, 10.0**exponent * grads)
+    torch.testing.assert_close(scaled, deltas, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.25])
+@pytest.mark.parametrize(
+    "config",
+    [
+        ScheduleFreeLSTMConfig(),
+        ScheduleFreeLSTMConfig(nominal_step=0.1, averaging_power=0.0, square_decay=0.99, eps=1e-8),
+        ScheduleFreeLSTMConfig(interpolation=0.0),
+    ],
+    ids=["default", "uniform average", "no interpolation"],
+)
+def test_untrained_it_is_schedule_free_adam(config: ScheduleFreeLSTMConfig, lr: float) -> None:
+    """At every ``lr``, which stands for a step size of ``lr * nominal_step``."""
+    rule, segments = ScheduleFreeLSTMRule(config).double(), Segments([3, 4])
+    ours = random_values((7,), 1)
+    target = random_values((7,), 3)
+    y, z, x, square = ours.clone(), ours.clone(), ours.clone(), torch.zeros(7, dtype=torch.float64)
+    state = rule.init_state(segments, dtype=torch.float64)
+    for step in range(1, 51):
+        gradient = 4 * (y - target) ** 3
+        square = config.square_decay * square + (1 - config.square_decay) * gradient**2
+        denominator = (square / (1 - config.square_decay**step)).sqrt() + config.eps
+        z = z - lr * config.nominal_step * gradient / denominator
+        weight = (config.averaging_power + 1) / (step + config.averaging_power)
+        x = (1 - weight) * x + weight * z
+        y = config.interpolation * x + (1 - config.interpolation) * z
+        with torch.no_grad():
+            delta, state = rule.update(ours, 4 * (ours - target) ** 3, state, segments)
+            ours = ours + lr * delta
+        torch.testing.assert_close(ours, y, rtol=1e-9, atol=1e-12)
+
+
+magnitudes = st.sampled_from([0.0, 1e-42, 1e-25, 1e-12, 1e-6, 1.0, 1e6, 1e15, 1e30])
+signed = st.builds(lambda size, sign: size * sign, magnitudes, st.sampled_from([1.0, -1.0]))
+
+
+@property_test
+@given(
+    rows=st.lists(st.lists(signed, min_size=3, max_size=3), min_size=1, max_size=30),
+    seed=st.integers(0, 100),
+    scale=st.sampled_from([1.0, 30.0, 1e4]),
+)
+def test_updates_stay_within_the_bound(rows: list[list[float]], seed: int, scale: float) -> None:
+    rule, segments = random_rule(KIND, torch.float32, seed, scale), Segments([2, 1])
+    grads = torch.tensor(rows)
+    with torch.no_grad():
+        deltas, _ = run(rule, segments, torch.ones_like(grads), grads)
+    assert isinstance(rule, ScheduleFreeLSTMRule)
+    assert (deltas.abs() <= rule.update_bound() * (1 + 1e-5)).all()
+
+
+def test_an_average_let_go_at_once_stays_within_the_bound() -> None:
+    """The worst that averaging can do: it forgets nothing for long, and then all at once."""
+    config = ScheduleFreeLSTMConfig(square_decay=0.9, momentum_decay=0.0)
+    rule = ScheduleFreeLSTMRule(config)
+    torch.nn.init.constant_(rule.readout.bias[:3], 1e3)
+    segments, steps = Segments([1]), 400
+    state, largest = rule.init_state(segments), 0.0
+    grads = torch.full((steps, 1), -1.0)
+    with torch.no_grad():
+        for step, grad in enumerate(grads):
+            rule.readout.bias[3] = 1e3 if step == steps - 1 else -1e3
+            delta, state = rule.update(torch.zeros(1), grad, state, segments)
+            largest = max(largest, float(delta.abs()))
+    assert 0.05 * rule.update_bound() < largest <= rule.update_bound()
+
+
+def test_without_a_long_second_moment_there_is_no_bound() -> None:
+    assert ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(square_decay=0.5)).update_bound() == math.inf
+
+
+def test_steps_far_beyond_training_are_served() -> None:
+    rule, segments = random_rule({"kind": KIND, "max_time": 1000.0}, torch.float32), Segments([3])
+    param, grad = torch.ones(3), torch.tensor([0.5, -2.0, 1e-3])
+    state = rule.init_state(segments)
+    state["momentum"], state["square"] = grad.clone(), grad.square()
+    for step in (999.0, 1e5, 1e7, 1e9, 1e30):
+        with torch.no_grad():
+            delta, after = rule.update(param, grad, {**state, "step": torch.tensor([step])}, segments)
+        assert delta.isfinite().all() and all(value.isfinite().all() for value in after.values())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"momentum_decay": 1.0},
+        {"square_decay": math.nan},
+        {"interpolation": -0.1},
+        {"eps": 0.0},
+        {"eps": 1e-60},
+        {"nominal_step": math.inf},
+        {"averaging_power": -1.0},
+        {"log_step_gain": 0.0},
+        {"log_step_bound": math.nan},
+        {"log_averaging_bound": 0.0},
+        {"mix_bound": 0.0},
+        {"max_time": 1.0},
+        {"hidden_size": 0},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_named(setting: dict[str, float]) -> None:
+    config = dataclasses.replace(ScheduleFreeLSTMConfig(), **setting)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        ScheduleFreeLSTMRule(config)
