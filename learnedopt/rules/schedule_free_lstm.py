@@ -27,6 +27,7 @@ class ScheduleFreeLSTMConfig(RuleConfig):
     kind: ClassVar[str] = "schedule_free_lstm"
     hidden_size: int = 8
     num_layers: int = 2
+    """0 for no LSTM: the read-out then has the features alone, and a parameter's state is three numbers."""
     momentum_decay: float = 0.9
     """Decay of the momentum :math:`m`."""
     square_decay: float = 0.999
@@ -59,14 +60,16 @@ class ScheduleFreeLSTMRule(UpdateRule):
     :math:`\tilde g = g/(\sqrt{\hat v} + \epsilon)` and :math:`a = \hat m/(\sqrt{\hat v} + \epsilon)`, let
 
     .. math::
-        (o_0, \dots, o_3) &= W\,\mathrm{LSTM}(a, \tilde g, |a|, d / \mathrm{rms}(d), \text{tensor and time features})
-            + w \\
+        f &= (a, \tilde g, |a|, d / \mathrm{rms}(d), \text{tensor and time features}) \\
+        (o_0, \dots, o_3) &= W f + V\,\mathrm{LSTM}(f) + w \\
         s &= \alpha\, e^{S \tanh(\gamma o_0 / S)}\, \big((1 + r_1)\, \tilde g + r_2\, a\big),
             \qquad r_k = M \tanh(o_k / M) \\
         c &= \min\!\Big(1,\ \frac{k + 1}{t + k}\, e^{C \tanh(o_3 / C)}\Big) \\
         \Delta\theta &= c\, d - (1 - \beta + \beta c)\, s, \qquad d \leftarrow (1 - c)(d - \beta s)
 
-    which is :math:`z \leftarrow z - s`, :math:`x \leftarrow (1 - c) x + c z` in other coordinates. The tensor features
+    which is :math:`z \leftarrow z - s`, :math:`x \leftarrow (1 - c) x + c z` in other coordinates. By :math:`W` alone
+    step sizes are power laws of time, of a tensor's size and so on; the LSTM adds what depends on the past. The tensor
+    features
     are the log RMS of the parameter, the mean of :math:`a \tilde g` (the alignment of momentum and gradient), the log
     RMS of :math:`a` (how consistent gradients are), the cosine between :math:`d` and :math:`-a` (whether the way so far
     is still the way down), and the log RMS of :math:`d` over that of the parameter; the log RMSs and their difference
@@ -117,16 +120,16 @@ class ScheduleFreeLSTMRule(UpdateRule):
         if not 1.0 < config.max_time < math.inf:
             raise ValueError(f"max_time must be above 1 and finite, got {config.max_time}")
         features = _COORDINATE_FEATURES + _SHARED_FEATURES
-        self.lstm = CoordinatewiseLSTM(features, config.hidden_size, config.num_layers)
-        self.readout = nn.Linear(config.hidden_size, 4)
+        self.lstm = CoordinatewiseLSTM(features, config.hidden_size, config.num_layers) if config.num_layers else None
+        self.readout = nn.Linear(features + (config.hidden_size if config.num_layers else 0), 4)
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
 
     def state_spec(self) -> dict[str, StateSpec]:
         shape = (self.config.num_layers, self.config.hidden_size)
+        units = {"h": StateSpec(shape), "c": StateSpec(shape)} if self.lstm is not None else {}
         return {
-            "h": StateSpec(shape),
-            "c": StateSpec(shape),
+            **units,
             "momentum": StateSpec(),
             "square": StateSpec(),
             "offset": StateSpec(),
@@ -175,9 +178,12 @@ class ScheduleFreeLSTMRule(UpdateRule):
         offset = state["offset"]
         moments, (a, g) = self._directions(grad, state, statistics[:_CORRECTIONS])
         averaging, per_offset, shared = statistics[_CORRECTIONS:].split([1, 1, _SHARED_FEATURES])
-        x = torch.cat([torch.stack([a, g, a.abs(), offset * per_offset[0]]), shared.expand(-1, grad.numel())])
-        top, h, c = self.lstm(x, state["h"], state["c"])
-        out = torch.addmm(self.readout.bias.unsqueeze(1), self.readout.weight, top)
+        seen = torch.cat([torch.stack([a, g, a.abs(), offset * per_offset[0]]), shared.expand(-1, grad.numel())])
+        units: State = {}
+        if self.lstm is not None:
+            top, units["h"], units["c"] = self.lstm(seen, state["h"], state["c"])
+            seen = torch.cat([seen, top])
+        out = torch.addmm(self.readout.bias.unsqueeze(1), self.readout.weight, seen)
         log_step = config.log_step_bound * torch.tanh(out[0] * (config.log_step_gain / config.log_step_bound))
         mix = config.mix_bound * torch.tanh(out[1:3] / config.mix_bound)
         log_weight = config.log_averaging_bound * torch.tanh(out[3] / config.log_averaging_bound)
@@ -185,7 +191,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
         move = config.nominal_step * torch.exp(log_step) * ((1.0 + mix[0]) * g + mix[1] * a)
         beta = config.interpolation
         delta = weight * offset - (1.0 - beta + beta * weight) * move
-        return delta, {"h": h, "c": c, "offset": (1.0 - weight) * (offset - beta * move), **moments}
+        return delta, {**units, **moments, "offset": (1.0 - weight) * (offset - beta * move)}
 
     def _directions(self, grad: Tensor, state: State, corrections: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
         """The new moments, and the momentum and the gradient over the running RMS."""

@@ -194,8 +194,8 @@ class ScheduleFreeLSTMReference(AdamLSTMReference):
 
     def move(self, t: int, j: int, a: float, g: float, inputs: list[float]) -> float:
         config = self.config
-        h = self.lstms[t][j](inputs)
-        out = [self.readout("readout", row, h) for row in range(4)]
+        h = self.lstms[t][j](inputs) if config.num_layers else []
+        out = [self.readout("readout", row, [*inputs, *h]) for row in range(4)]
         log_step = config.log_step_bound * math.tanh(config.log_step_gain * out[0] / config.log_step_bound)
         mix = [config.mix_bound * math.tanh(o / config.mix_bound) for o in out[1:3]]
         bound, power = config.log_averaging_bound, config.averaging_power

@@ -38,6 +38,7 @@ VARIANTS = [
         {"kind": "schedule_free_lstm", "num_layers": 1, "hidden_size": 4, "max_time": 3.0, "averaging_power": 0.0},
         id="schedule_free_lstm-small",
     ),
+    pytest.param({"kind": "schedule_free_lstm", "num_layers": 0}, id="schedule_free_lstm-without"),
     pytest.param(
         {
             "kind": "schedule_free_lstm",
