@@ -2,7 +2,7 @@
 
 from learnedopt.meta.config import ESTIMATORS, TEACHERS, MetaTrainConfig
 from learnedopt.meta.estimators import Estimate, Estimator, FullBPTT, MetaObjective, TruncatedBPTT
-from learnedopt.meta.evolution import ES, PES, VarianceMixture
+from learnedopt.meta.evolution import ES, PES, FullES, VarianceMixture
 from learnedopt.meta.imitation import AdamTeacher, Imitation, SGDTeacher, Teacher
 from learnedopt.meta.memory import copies_that_fit
 from learnedopt.meta.objectives import OBJECTIVES, WEIGHTINGS, meta_losses
@@ -24,6 +24,7 @@ __all__ = [
     "Estimator",
     "FlatTask",
     "FullBPTT",
+    "FullES",
     "Imitation",
     "MetaObjective",
     "MetaTrainConfig",

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from learnedopt.meta.estimators import Estimator, FullBPTT, MetaObjective, TruncatedBPTT
-from learnedopt.meta.evolution import ES, PES, VarianceMixture
+from learnedopt.meta.evolution import ES, PES, FullES, VarianceMixture
 from learnedopt.meta.imitation import AdamTeacher, Imitation, SGDTeacher, Teacher
 from learnedopt.meta.objectives import OBJECTIVES, WEIGHTINGS
 from learnedopt.tasks.base import Split
@@ -15,6 +15,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "truncated-bptt": TruncatedBPTT,
     "full-bptt": FullBPTT,
     "es": ES,
+    "full-es": FullES,
     "pes": PES,
     "variance-mixture": VarianceMixture,
 }
@@ -55,7 +56,7 @@ class MetaTrainConfig:
     """Weights of the steps of a window, a name in :data:`~learnedopt.meta.WEIGHTINGS`."""
     split: Split = "train"
     """Where the losses of the meta-objective are taken: on training batches, or on held-out ones."""
-    estimator: TruncatedBPTT | FullBPTT | ES | PES | VarianceMixture = field(default_factory=TruncatedBPTT)
+    estimator: TruncatedBPTT | FullBPTT | ES | FullES | PES | VarianceMixture = field(default_factory=TruncatedBPTT)
     """How meta-gradients are estimated."""
     imitation: Imitation | None = None
     """A teacher to imitate in some of the episodes."""

@@ -159,6 +159,18 @@ class ES(_Antithetic):
 
 
 @dataclass(frozen=True)
+class FullES(ES):
+    """Evolution strategies on whole episodes: one window as long as the horizon, and so no truncation bias.
+
+    An update takes as long as an episode. For the same number of inner steps its variance is lower than that of
+    :class:`PES`, whose perturbations change from window to window, and there are fewer updates.
+    """
+
+    def steps(self, unroll_length: int, horizon: int) -> int:
+        return horizon
+
+
+@dataclass(frozen=True)
 class PES(_Antithetic):
     r"""Persistent evolution strategies: windows as short as one likes, without truncation bias.
 

@@ -13,6 +13,7 @@ from learnedopt.meta import (
     ES,
     ESTIMATORS,
     FullBPTT,
+    FullES,
     Imitation,
     MetaTrainConfig,
     MetaTrainer,
@@ -56,10 +57,11 @@ def test_every_estimator_trains_below_the_untrained_rule(name: str) -> None:
     assert trainer.best_score < untrained - 0.4
 
 
-def test_full_backpropagation_takes_an_episode_at_a_time() -> None:
-    config = replace(CONFIG, estimator=FullBPTT(), horizon=(6, 6))
+@pytest.mark.parametrize(("estimator", "steps"), [(FullBPTT(), 12), (FullES(), 24)], ids=["bptt", "es"])
+def test_a_full_estimator_takes_an_episode_at_a_time(estimator: FullBPTT | FullES, steps: int) -> None:
+    config = replace(CONFIG, estimator=estimator, horizon=(6, 6))
     _, records = finished(config)
-    assert {record["steps"] for record in records} == {12}
+    assert {record["steps"] for record in records} == {steps}
 
 
 def test_the_average_of_the_weights_is_what_is_validated_and_kept() -> None:
