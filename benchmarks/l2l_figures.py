@@ -57,7 +57,7 @@ from learnedopt.evaluation import (
     tune,
 )
 from learnedopt.evaluation.statistics import mean, median
-from learnedopt.meta import SGDTeacher, load_recipe
+from learnedopt.meta import MetaTrainConfig, SGDTeacher, load_recipe
 from learnedopt.meta.recipe import source_commit
 from learnedopt.optim import LearnedOptimizer
 from learnedopt.tasks import MLPClassification, Quadratics, TaskFamily
@@ -214,7 +214,8 @@ def run_baseline(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def teacher_of(recipe: Path) -> SGDTeacher | None:
-    imitation = load_recipe(recipe).training.imitation
+    training = load_recipe(recipe).training
+    imitation = training.imitation if isinstance(training, MetaTrainConfig) else None
     teacher = None if imitation is None else imitation.teacher
     return teacher if isinstance(teacher, SGDTeacher) else None
 

@@ -8,6 +8,7 @@ from learnedopt.meta.memory import copies_that_fit
 from learnedopt.meta.objectives import OBJECTIVES, WEIGHTINGS, meta_losses
 from learnedopt.meta.ranks import Ranks, launched
 from learnedopt.meta.recipe import MetaTrainingRun, Recipe, load_recipe, overridden
+from learnedopt.meta.search import Search, SearchConfig
 from learnedopt.meta.trainer import MetaTrainer, MetaTrainingError
 from learnedopt.meta.unroll import Episode, FlatTask, start_episode, unroll
 
@@ -34,6 +35,8 @@ __all__ = [
     "Ranks",
     "Recipe",
     "SGDTeacher",
+    "Search",
+    "SearchConfig",
     "Teacher",
     "TruncatedBPTT",
     "VarianceMixture",

@@ -21,20 +21,21 @@ from learnedopt.tasks.base import Batch, Params, Split, Task
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs(Task):
-    """Another task with every copy there twice: first all of them, then all of them again."""
+class Repeated(Task):
+    """Another task with every copy there several times: first all of them, then all of them again, and so on."""
 
     task: Task
+    times: int
 
     @property
     def copies(self) -> int:  # type: ignore[override]
-        return 2 * self.task.copies
+        return self.times * self.task.copies
 
     def init(self, generator: Generator) -> Params:
-        return {name: torch.cat([value, value]) for name, value in self.task.init(generator).items()}
+        return {name: torch.cat([value] * self.times) for name, value in self.task.init(generator).items()}
 
     def sample(self, generator: Generator, split: Split = "train") -> Batch:
-        return tuple(torch.cat([item, item]) for item in self.task.sample(generator, split))
+        return tuple(torch.cat([item] * self.times) for item in self.task.sample(generator, split))
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         return self.task.loss(params, batch)
@@ -99,7 +100,7 @@ class _Antithetic(Estimator):
             raise ValueError(f"std must be positive and finite, got {self.std}")
 
     def start(self, rule: UpdateRule, task: Task, generator: Generator) -> Episode:
-        return start_episode(rule, Pairs(task), generator)
+        return start_episode(rule, Repeated(task, 2), generator)
 
     def _perturbation(self, rule: UpdateRule, episode: Episode, generator: Generator) -> Tensor:
         """Drawn on the CPU, so that every device sees the same: ``(pairs, P)``."""

@@ -15,12 +15,14 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from learnedopt import zoo
 from learnedopt.meta.config import MetaTrainConfig
+from learnedopt.meta.search import Search, SearchConfig
 from learnedopt.meta.trainer import MetaTrainer
 from learnedopt.rules import RuleConfig
 from learnedopt.tasks.base import TaskFamily
@@ -37,7 +39,8 @@ class Recipe:
     tasks: str
     """One line: what it is trained on."""
     rule: RuleConfig
-    training: MetaTrainConfig
+    training: MetaTrainConfig | SearchConfig
+    """By gradients or their estimates (:class:`MetaTrainer`), or by search over a few weights (:class:`Search`)."""
     family: Callable[[Path | None], TaskFamily]
     """The tasks, given the folder of downloaded data (``None`` where the user named none)."""
     checkpoint_every: int = 50
@@ -60,16 +63,28 @@ def load_recipe(source: str | os.PathLike[str]) -> Recipe:
             f"no recipe {str(source)!r}: {path} does not exist. Give a Python file that defines RECIPE"
             + (f", or one of {known}" if known else ", or run from a checkout, where meta_training/ has them")
         )
+    module = load_file(path)
+    recipe = getattr(module, "RECIPE", None)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{path} must define RECIPE, a learnedopt.meta.Recipe; it defines {type(recipe).__name__}")
+    return recipe
+
+
+def _trainer(recipe: Recipe, root: Path | None, device: torch.device | str) -> MetaTrainer | Search:
+    if isinstance(recipe.training, SearchConfig):
+        return Search(recipe.rule, recipe.family(root), recipe.training, device)
+    return MetaTrainer(recipe.rule, recipe.family(root), recipe.training, device)
+
+
+def load_file(path: Path) -> ModuleType:
+    """The module that a Python file outside the package is."""
     spec = importlib.util.spec_from_file_location(f"learnedopt_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # A recipe may define dataclasses, such as a task family of its own, and those look their module up here.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    recipe = getattr(module, "RECIPE", None)
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"{path} must define RECIPE, a learnedopt.meta.Recipe; it defines {type(recipe).__name__}")
-    return recipe
+    return module
 
 
 def overridden(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
@@ -90,7 +105,9 @@ def overridden(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
         import tyro
     except ImportError as error:
         raise ImportError("settings on the command line need tyro: pip install 'learnedopt[train]'") from error
-    settings = dataclasses.make_dataclass("Settings", [("rule", type(recipe.rule)), ("training", MetaTrainConfig)])
+    settings = dataclasses.make_dataclass(
+        "Settings", [("rule", type(recipe.rule)), ("training", type(recipe.training))]
+    )
     chosen: Any = tyro.cli(
         settings,
         prog=f"learnedopt meta-train {recipe.name}",
@@ -131,7 +148,7 @@ class MetaTrainingRun:
         self.recipe = recipe
         self.folder = Path(folder)
         self.tensorboard = tensorboard
-        self.trainer = MetaTrainer(recipe.rule, recipe.family(root), recipe.training, device)
+        self.trainer = _trainer(recipe, root, device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checkpoint = self.folder / "checkpoint.pt"
         self.commit = source_commit()
@@ -181,9 +198,7 @@ class MetaTrainingRun:
         """Write the checkpoint; the old one stays in place until the new one is whole."""
         content = {"recipe": self.recipe.name, "commit": self.commit, "trainer": self.trainer.state_dict()}
         if self._writes:
-            temporary = self._checkpoint.with_suffix(".tmp")
-            torch.save(content, temporary)
-            os.replace(temporary, self._checkpoint)
+            write_checkpoint(self._checkpoint, content)
 
     def export(self, zoo_folder: str | os.PathLike[str]) -> zoo.ZooEntry:
         """Write the best rule so far as a zoo entry; an existing card is kept.
@@ -197,8 +212,8 @@ class MetaTrainingRun:
         recipe, trainer = self.recipe, self.trainer
         if not math.isfinite(trainer.best_score):
             raise ValueError(
-                f"there is no rule to export: no validation in the {trainer.update} update(s) so far had a finite "
-                f"score, and there is one every {recipe.training.validate_every} updates"
+                f"there is no rule to export: none of the {trainer.update} update(s) so far ended in a validation with "
+                "a finite score"
             )
         folder = Path(zoo_folder) / recipe.name
         card = folder / "card.md"
@@ -213,43 +228,33 @@ class MetaTrainingRun:
                 "recipe": f"meta_training/{recipe.name.replace('-', '_')}.py",
                 "commit": self.commit,
                 "tasks": recipe.tasks,
-                "horizon": list(training.horizon),
-                "unroll_length": training.unroll_length,
                 "settings": training.to_dict() | {"copies": trainer.copies},
                 "updates": trainer.update,
                 "best_update": trainer.best_update,
                 "best_validation": trainer.best_score,
                 "seconds": round(trainer.seconds),
-                "hardware": _hardware(next(trainer.rule.parameters()).device),
+                "hardware": hardware(next(trainer.rule.parameters()).device),
                 "torch": str(torch.__version__),
             },
         )
 
     def _resume(self) -> None:
-        data = io.BytesIO(self._checkpoint.read_bytes())
-        try:
-            saved = torch.load(data, map_location="cpu", weights_only=True)
-            trainer, commit = saved["trainer"], saved["commit"]
-        except Exception as error:  # which one depends on where the damage is
-            raise ValueError(
-                f"{self._checkpoint} is damaged or no checkpoint of a meta-training run ({type(error).__name__}); "
-                "remove it to start anew, or restore it"
-            ) from error
+        saved = read_checkpoint(self._checkpoint, ("trainer", "commit"))
         # Nothing else tells apart two recipes that differ in their tasks alone.
         name = saved.get("recipe", self.recipe.name)
         if name != self.recipe.name:
             raise ValueError(f"{self.folder} holds a run of the recipe {name!r}, not {self.recipe.name!r}")
         try:
-            self.trainer.load_state_dict(trainer)
+            self.trainer.load_state_dict(saved["trainer"])
         except ValueError as error:
             raise ValueError(f"{self.folder} holds another run: {error}") from error
-        self.commit = commit
+        self.commit = saved["commit"]
 
     def _writers(self, stack: ExitStack) -> list[_Writer]:
         """Where records go: how to write one, and how to make sure that all so far are on disk."""
         if not self._writes:
             return []
-        self._truncate_log()
+        truncate_log(self.folder / "log.jsonl", self.trainer.update)
         log = stack.enter_context((self.folder / "log.jsonl").open("a"))
         writers: list[_Writer] = [(lambda record: log.write(json.dumps(record) + "\n"), log.flush)]
         if self.tensorboard:
@@ -268,15 +273,37 @@ class MetaTrainingRun:
             flush()
         self.save()
 
-    def _truncate_log(self) -> None:
-        log = self.folder / "log.jsonl"
-        if log.exists():
-            # A line beyond the checkpoint, which a killed process may have left unfinished, is not read.
-            lines = log.read_text().splitlines()[: self.trainer.update]
-            log.write_text("".join(line + "\n" for line in lines))
-
 
 _Writer = tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write with ``torch.save``; the old checkpoint stays in place until the new one is whole."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What :func:`write_checkpoint` wrote, on the CPU. Raises ``ValueError`` if it is damaged or lacks a key."""
+    data = io.BytesIO(path.read_bytes())
+    try:
+        saved: dict[str, Any] = torch.load(data, map_location="cpu", weights_only=True)
+        for key in keys:
+            saved[key]
+    except Exception as error:  # which one depends on where the damage is
+        raise ValueError(
+            f"{path} is damaged or no checkpoint of a meta-training run ({type(error).__name__}); "
+            "remove it to start anew, or restore it"
+        ) from error
+    return saved
+
+
+def truncate_log(log: Path, lines: int) -> None:
+    """Keep the first ``lines`` lines; those beyond a checkpoint, the last maybe unfinished, are written again."""
+    if log.exists():
+        kept = log.read_text().splitlines()[:lines]
+        log.write_text("".join(line + "\n" for line in kept))
 
 
 def _scalars(board: Any, record: dict[str, Any]) -> None:
@@ -285,7 +312,8 @@ def _scalars(board: Any, record: dict[str, Any]) -> None:
             board.add_scalar(name, value, record["update"])
 
 
-def _hardware(device: torch.device) -> str:
+def hardware(device: torch.device) -> str:
+    """What ran: the name of the GPU, or the number of threads and the kind of processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU thread(s), {platform.machine()}"

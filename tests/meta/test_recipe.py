@@ -42,6 +42,7 @@ def test_settings_of_rule_and_training_can_be_replaced() -> None:
     assert recipe.rule == LSTMConfig(hidden_size=5)
     expected = {"updates": 7, "horizon": (10, 20), "copies": "auto", "clip_norm": 0.5}
     assert {name: getattr(recipe.training, name) for name in expected} == expected
+    assert isinstance(recipe.training, MetaTrainConfig) and isinstance(TINY.training, MetaTrainConfig)
     assert recipe.training.unroll_length == TINY.training.unroll_length
     assert overridden(TINY, []) is TINY
 
@@ -55,15 +56,16 @@ def test_settings_of_rule_and_training_can_be_replaced() -> None:
     ],
 )
 def test_an_estimator_is_chosen_with_a_colon(arguments: str, expected: TruncatedBPTT | ES | PES) -> None:
-    assert overridden(TINY, arguments.split()).training.estimator == expected
+    training = overridden(TINY, arguments.split()).training
+    assert isinstance(training, MetaTrainConfig) and training.estimator == expected
 
 
 def test_a_teacher_is_chosen_with_a_colon() -> None:
     arguments = "--training.imitation-share 0.5 training.imitation:imitation "
     adam = overridden(TINY, arguments.split()).training
-    assert adam.imitation == Imitation(AdamTeacher())
+    assert isinstance(adam, MetaTrainConfig) and adam.imitation == Imitation(AdamTeacher())
     sgd = overridden(TINY, [*arguments.split(), "training.imitation.teacher:sgd-teacher"]).training
-    assert sgd.imitation == Imitation(SGDTeacher())
+    assert isinstance(sgd, MetaTrainConfig) and sgd.imitation == Imitation(SGDTeacher())
 
 
 @pytest.mark.parametrize("arguments", ["--training.updtes 7", "--training.updates many", "training.estimator:adam"])

@@ -81,7 +81,9 @@ def stop_by_leaving(run: MetaTrainingRun) -> None:
 
 def stop_by_failing(run: MetaTrainingRun) -> None:
     """As an interrupt in the middle of an update would: some of it is done and some is not."""
-    draw, calls = run.trainer._draw, iter(range(4))
+    trainer = run.trainer
+    assert isinstance(trainer, MetaTrainer)
+    draw, calls = trainer._draw, iter(range(4))
 
     def interrupted(generator: Generator) -> Any:
         task = draw(generator)
@@ -89,7 +91,7 @@ def stop_by_failing(run: MetaTrainingRun) -> None:
             raise KeyboardInterrupt
         return task
 
-    run.trainer._draw = interrupted  # type: ignore[method-assign]
+    trainer._draw = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         list(run.run())
 
@@ -314,6 +316,7 @@ def test_second_order_training_runs_and_differs() -> None:
 
 def test_export_writes_the_best_rule(uninterrupted: MetaTrainingRun, mixed: Recipe, tmp_path: Path) -> None:
     entry = uninterrupted.export(tmp_path)
+    assert isinstance(uninterrupted.trainer, MetaTrainer)
     assert entry.name == mixed.name
     assert_same(dict(zoo.load_rule(entry.path).state_dict()), uninterrupted.trainer.best_weights)
     assert entry.meta_training["best_update"] == uninterrupted.trainer.best_update

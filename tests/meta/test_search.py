@@ -1,0 +1,122 @@
+"""The search over a few weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learnedopt.meta import MetaTrainingRun, Recipe, Search, SearchConfig
+from learnedopt.meta.search import _gain, place
+from learnedopt.rules import LSTMConfig, ScheduleFreeLSTMConfig, build_rule
+from learnedopt.tasks import Mixture, Quadratics, TaskFamily
+from learnedopt.zoo import load_rule
+
+RULE = ScheduleFreeLSTMConfig(num_layers=0, nominal_step=1e-4)
+FAMILY = Mixture((Quadratics(dimension=3), Quadratics(dimension=5)))
+CONFIG = SearchConfig(
+    updates=8,
+    coordinates=(("readout.bias[0]", 0.5), ("readout.weight[0,9]", 0.5), ("readout.bias[3]", 0.5)),
+    population=6,
+    horizon=24,
+)
+
+
+def test_it_finds_that_a_tiny_step_should_be_larger() -> None:
+    search = Search(RULE, FAMILY, CONFIG)
+    records = list(search.run())
+    assert [record["update"] for record in records] == list(range(1, 9))
+    assert records[-1]["meta_loss"] < -0.5 and search.finished
+    start, found = build_rule(RULE), search.best_rule()
+    assert float(found.get_parameter("readout.bias")[0]) > 0.3
+    moved = {name for name, weight in found.named_parameters() if not torch.equal(weight, start.get_parameter(name))}
+    assert moved == {"readout.bias", "readout.weight"}
+    assert int((found.get_parameter("readout.weight") != 0).sum()) == 1
+
+
+def test_the_start_has_no_gain_over_itself() -> None:
+    (record,) = Search(RULE, FAMILY, replace(CONFIG, updates=1)).run()
+    assert record["gains"] == [0.0, 0.0] and record["center"] != [0.0, 0.0, 0.0]
+
+
+def test_an_interrupted_search_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    def make(root: Path | None) -> TaskFamily:
+        return FAMILY
+
+    recipe = Recipe("mine", "a search", "quadratics", RULE, replace(CONFIG, updates=4), make, checkpoint_every=1)
+    whole = MetaTrainingRun(recipe, tmp_path / "whole")
+    expected = [record["center"] for record in whole.run()]
+    found = []
+    for _ in range(4):
+        part = MetaTrainingRun(recipe, tmp_path / "parts")
+        found += [record["center"] for record in part.run(time_limit=0.0)]
+    assert found == expected and part.trainer.finished
+    assert whole.export(tmp_path / "zoo").meta_training["settings"]["kind"] == "search"
+    rule = load_rule(tmp_path / "zoo" / "mine")
+    assert all(torch.equal(a, b) for a, b in zip(rule.parameters(), part.trainer.best_rule().parameters()))
+    other = replace(recipe, training=replace(CONFIG, updates=4, population=8))
+    with pytest.raises(ValueError, match="holds another run"):
+        MetaTrainingRun(other, tmp_path / "parts")
+
+
+def test_gains_are_logarithms_of_speed() -> None:
+    steps = np.arange(1, 2001)[:, None]
+    # Power laws, which are the same law at another speed; and one that diverges.
+    curves = np.concatenate(
+        [1.0 / steps, 1.0 / (2.0 * steps), 1.0 / (0.5 * steps), np.full(steps.shape, np.inf)], axis=1
+    )
+    gains = _gain(curves)
+    assert gains[0] == 0.0
+    assert gains[1:3] == pytest.approx([math.log(2.0), -math.log(2.0)], rel=0.1)
+    assert gains[3] == -2.0
+    # The same whatever the exponent: what falls slowly counts as much.
+    assert _gain(curves**0.25)[:3] == pytest.approx(gains[:3], rel=0.1)
+    assert np.isfinite(_gain(np.full((12, 2), np.nan))).all()
+
+
+@pytest.mark.parametrize(
+    ("coordinate", "problem"),
+    [
+        ("readout.bias[4]", "names no weight"),
+        ("readout.bias", "names no weight"),
+        ("readout.weight[3]", "names no weight"),
+        ("read.bias[0]", r"There are readout.weight \(4, 10\)"),
+        ("readout.bias[0]", "the same weight"),
+    ],
+)
+def test_coordinates_that_are_not_there_are_named(coordinate: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Search(RULE, FAMILY, replace(CONFIG, coordinates=(("readout.bias[0]", 1.0), (coordinate, 1.0))))
+
+
+def test_places_count_through_all_weights() -> None:
+    rule = build_rule(LSTMConfig(hidden_size=3))
+    flat = torch.nn.utils.parameters_to_vector(rule.parameters())
+    assert flat[place(rule, "readout.weight[0,2]")] == rule.get_parameter("readout.weight")[0, 2]
+    assert flat[place(rule, "lstm.biases.1[5]")] == rule.get_parameter("lstm.biases.1")[5]
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ({"updates": 0}, "updates"),
+        ({"population": 3}, "population"),
+        ({"horizon": 5}, "horizon"),
+        ({"std": 0.0}, "std"),
+        ({"coordinates": (("readout.bias[0]", 1.0),)}, "two coordinates"),
+        ({"coordinates": (("readout.bias[0]", 1.0), ("readout.bias[1]", 0.0))}, "scale"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_named(setting: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        replace(CONFIG, **setting)  # type: ignore[arg-type]
+
+
+def test_a_family_must_be_a_mixture() -> None:
+    with pytest.raises(TypeError, match="Mixture"):
+        Search(RULE, Quadratics(), CONFIG)
