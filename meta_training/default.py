@@ -1,4 +1,4 @@
-"""The default optimizer: an LSTM that modulates Adam's directions, trained on many kinds of small network.
+"""The default optimizer: Schedule-Free Adam, its step sizes and its averaging modulated by learned power laws.
 
 To make it: ``learnedopt meta-train default --out runs/default --export zoo``
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from learnedopt.meta import MetaTrainConfig, Recipe
-from learnedopt.rules import AdamLSTMConfig
+from learnedopt.data import glyphs
+from learnedopt.meta import Recipe, SearchConfig
+from learnedopt.rules import ScheduleFreeLSTMConfig
 from learnedopt.tasks import (
     Autoencoder,
     CharAttention,
@@ -17,51 +18,64 @@ from learnedopt.tasks import (
     Logistic,
     MatrixFactorization,
     Mixture,
-    MLPClassification,
+    RandomMLP,
     Regression,
-    Reparametrized,
-    ScaledLoss,
     TaskFamily,
 )
 
 
 def family(root: Path | None) -> TaskFamily:
-    mlp = MLPClassification(
-        hidden_sizes=((8,), (16,), (32,), (16, 16), (32, 32), (32, 16, 16)),
-        activations=("sigmoid", "tanh", "relu", "gelu", "elu"),
-        batch_sizes=(8, 32, 64),
-        initial_std=None,
-        gains=(0.5, 2.0),
+    # Larger than what rules of many weights are trained on here: what is learned has to hold for larger ones still.
+    near_one = (0.7, 1.4)
+    recurrent = {"embeddings": (8, 24), "lengths": (8, 16), "batch_sizes": (8, 16), "gains": (0.8, 1.2)}
+    deep = RandomMLP(
+        depths=(4, 8), widths=(16, 32), activations=("tanh", "relu", "gelu"), batch_sizes=(32, 64), gains=(1.0, 1.4)
     )
-    others = (Regression(), Autoencoder(), Logistic(), CharRNN(), CharAttention(), MatrixFactorization(), Conv())
-    return ScaledLoss(Reparametrized(Mixture((mlp, *others), (2.0, 1.0, 1.0, 1.0, 1.5, 1.5, 1.0, 1.0))))
+    return Mixture(
+        (
+            RandomMLP(depths=(1, 3), widths=(24, 96), batch_sizes=(16, 64), gains=near_one),
+            deep,
+            RandomMLP(data=glyphs(size=10), depths=(1, 3), widths=(32, 96), batch_sizes=(16, 64), gains=near_one),
+            Conv(layers=(2, 2), channels=(8, 12), batch_sizes=(16, 32)),
+            CharRNN(cells=("gru",), widths=(24, 56), **recurrent),
+            CharRNN(cells=("lstm", "tanh"), widths=(24, 48), **recurrent),
+            CharAttention(heads=(2, 4), head_widths=(8, 12), lengths=(8, 16), batch_sizes=(8, 16), gains=(0.8, 1.2)),
+            Autoencoder(widths=(24, 64), gains=near_one),
+            Regression(widths=(16, 64), gains=near_one),
+            MatrixFactorization(),
+            Logistic(),
+        )
+    )
 
 
+# Rows of the read-out: log step size, weights of gradient and momentum, log averaging weight. Its columns: momentum,
+# gradient, |momentum|, offset, then log RMS of the parameter, alignment, consistency, cosine of offset and momentum,
+# relative size of the offset, time.
 RECIPE = Recipe(
     name="default",
-    description="LSTM that modulates Adam's directions; for any network, no tuning",
+    description="Schedule-Free Adam with learned step sizes and averaging; for any network, no tuning",
     tasks=(
-        "digits MLPs, regression, digits autoencoders, badly scaled logistic regression, character RNNs, character "
-        "attention nets, matrix factorisation, small convolutional nets; random loss scale and per-tensor scale"
+        "MLPs of one to eight layers on digits and drawn characters, small convolutional nets, character RNNs and "
+        "attention nets, autoencoders, regression, badly scaled logistic regression, matrix factorisation"
     ),
-    rule=AdamLSTMConfig(hidden_size=8, max_time=2000.0),
-    training=MetaTrainConfig(
-        updates=14_000,
-        unroll_length=20,
-        horizon=(60, 2000),
-        curriculum_updates=8_000,
-        pool=16,
-        copies=4,
-        objective="log_ratio",
-        learning_rate=2e-3,
-        final_learning_rate=5e-5,
-        clip_norm=0.3,
-        # Kept as it is at the end. Validations at step 500 prefer update 2,000, whose rule is slightly better there and
-        # much worse at step 2,000.
-        validate_every=14_000,
-        validation_episodes=16,
-        validation_copies=2,
-        validation_horizon=500,
+    rule=ScheduleFreeLSTMConfig(num_layers=0, nominal_step=0.02),
+    training=SearchConfig(
+        updates=40,
+        coordinates=(
+            ("readout.bias[0]", 0.2),
+            ("readout.weight[0,4]", 0.2),
+            ("readout.weight[0,6]", 0.2),
+            ("readout.weight[0,7]", 0.2),
+            ("readout.weight[0,8]", 0.2),
+            ("readout.weight[0,9]", 0.4),
+            ("readout.bias[2]", 0.3),
+            ("readout.bias[3]", 0.4),
+            ("readout.weight[3,9]", 0.6),
+        ),
+        population=12,
+        horizon=600,
+        copies=2,
     ),
     family=family,
+    checkpoint_every=1,
 )
