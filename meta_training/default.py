@@ -6,6 +6,7 @@ To make it: ``learnedopt meta-train default --out runs/default --export zoo``
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from learnedopt.data import glyphs
 from learnedopt.meta import Recipe, SearchConfig
@@ -24,10 +25,15 @@ from learnedopt.tasks import (
 )
 
 
+def recurrent(cells: tuple[Literal["tanh", "gru", "lstm"], ...], widths: tuple[int, int]) -> CharRNN:
+    return CharRNN(
+        cells=cells, widths=widths, embeddings=(8, 24), lengths=(8, 16), batch_sizes=(8, 16), gains=(0.8, 1.2)
+    )
+
+
 def family(root: Path | None) -> TaskFamily:
     # Larger than what rules of many weights are trained on here: what is learned has to hold for larger ones still.
     near_one = (0.7, 1.4)
-    recurrent = {"embeddings": (8, 24), "lengths": (8, 16), "batch_sizes": (8, 16), "gains": (0.8, 1.2)}
     deep = RandomMLP(
         depths=(4, 8), widths=(16, 32), activations=("tanh", "relu", "gelu"), batch_sizes=(32, 64), gains=(1.0, 1.4)
     )
@@ -37,8 +43,8 @@ def family(root: Path | None) -> TaskFamily:
             deep,
             RandomMLP(data=glyphs(size=10), depths=(1, 3), widths=(32, 96), batch_sizes=(16, 64), gains=near_one),
             Conv(layers=(2, 2), channels=(8, 12), batch_sizes=(16, 32)),
-            CharRNN(cells=("gru",), widths=(24, 56), **recurrent),
-            CharRNN(cells=("lstm", "tanh"), widths=(24, 48), **recurrent),
+            recurrent(("gru",), (24, 56)),
+            recurrent(("lstm", "tanh"), (24, 48)),
             CharAttention(heads=(2, 4), head_widths=(8, 12), lengths=(8, 16), batch_sizes=(8, 16), gains=(0.8, 1.2)),
             Autoencoder(widths=(24, 64), gains=near_one),
             Regression(widths=(16, 64), gains=near_one),
