@@ -34,9 +34,9 @@ class SearchConfig:
 
     updates: int
     """Generations."""
-    coordinates: tuple[tuple[str, float], ...]
-    """The weights, such as ``"readout.bias[0]"`` or ``"readout.weight[0,9]"``, each with its scale: how far from its
-    start it may well have to go."""
+    coordinates: tuple[tuple[str, float, float], ...]
+    """The weights, such as ``"readout.bias[0]"`` or ``"readout.weight[0,9]"``, each with the value it starts from and
+    its scale: how far from there it may well have to go."""
     population: int = 12
     """Settings tried in each generation."""
     std: float = 0.5
@@ -55,9 +55,9 @@ class SearchConfig:
             raise ValueError(f"std must be positive and finite, got {self.std}")
         if len(self.coordinates) < 2:
             raise ValueError(f"at least two coordinates are needed, got {len(self.coordinates)}")
-        for place, scale in self.coordinates:
-            if not 0.0 < scale < math.inf:
-                raise ValueError(f"the scale of {place} must be positive and finite, got {scale}")
+        for name, start, scale in self.coordinates:
+            if not (math.isfinite(start) and 0.0 < scale < math.inf):
+                raise ValueError(f"{name} needs a finite start and a positive, finite scale, got {start} and {scale}")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain types; ``kind`` tells them from a :class:`~learnedopt.meta.MetaTrainConfig`."""
@@ -111,11 +111,12 @@ class Search:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             self.rule = build_rule(rule).to(device).requires_grad_(False)
-        self._start = flat_weights(self.rule)
-        self._places = torch.tensor([place(self.rule, name) for name, _ in config.coordinates])
+        self._places = torch.tensor([place(self.rule, name) for name, _, _ in config.coordinates])
         if len(set(self._places.tolist())) < len(self._places):
             raise ValueError("two of the coordinates are the same weight")
-        self._scales = np.array([scale for _, scale in config.coordinates])
+        self._start = flat_weights(self.rule)
+        self._start[self._places] = torch.tensor([start for _, start, _ in config.coordinates]).to(self._start)
+        self._scales = np.array([scale for _, _, scale in config.coordinates])
         self._scores: list[list[float]] = []
         """Of every generation so far, the gain of each of its settings: all that is needed to go on."""
         self.seconds = 0.0

@@ -20,7 +20,7 @@ RULE = ScheduleFreeLSTMConfig(num_layers=0, nominal_step=1e-4)
 FAMILY = Mixture((Quadratics(dimension=3), Quadratics(dimension=5)))
 CONFIG = SearchConfig(
     updates=8,
-    coordinates=(("readout.bias[0]", 0.5), ("readout.weight[0,9]", 0.5), ("readout.bias[3]", 0.5)),
+    coordinates=(("readout.bias[0]", 0.0, 0.5), ("readout.weight[0,9]", -0.1, 0.5), ("readout.bias[3]", 0.0, 0.5)),
     population=6,
     horizon=24,
 )
@@ -90,7 +90,7 @@ def test_gains_are_logarithms_of_speed() -> None:
 )
 def test_coordinates_that_are_not_there_are_named(coordinate: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        Search(RULE, FAMILY, replace(CONFIG, coordinates=(("readout.bias[0]", 1.0), (coordinate, 1.0))))
+        Search(RULE, FAMILY, replace(CONFIG, coordinates=(("readout.bias[0]", 0.0, 1.0), (coordinate, 0.0, 1.0))))
 
 
 def test_places_count_through_all_weights() -> None:
@@ -107,8 +107,9 @@ def test_places_count_through_all_weights() -> None:
         ({"population": 3}, "population"),
         ({"horizon": 5}, "horizon"),
         ({"std": 0.0}, "std"),
-        ({"coordinates": (("readout.bias[0]", 1.0),)}, "two coordinates"),
-        ({"coordinates": (("readout.bias[0]", 1.0), ("readout.bias[1]", 0.0))}, "scale"),
+        ({"coordinates": (("readout.bias[0]", 0.0, 1.0),)}, "two coordinates"),
+        ({"coordinates": (("readout.bias[0]", 0.0, 1.0), ("readout.bias[1]", 0.0, 0.0))}, "positive"),
+        ({"coordinates": (("readout.bias[0]", 0.0, 1.0), ("readout.bias[1]", math.nan, 1.0))}, "finite start"),
     ],
     ids=str,
 )
