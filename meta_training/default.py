@@ -67,7 +67,7 @@ RECIPE = Recipe(
     rule=ScheduleFreeLSTMConfig(num_layers=0, nominal_step=0.02),
     training=SearchConfig(
         updates=16,
-        # The start: steps that fall as t^-0.2, from comparing a dozen schedules by hand on other tasks of these families.
+        # The start: steps that fall as t^-0.2, after a dozen schedules tried by hand on other tasks of these families.
         coordinates=(
             ("readout.bias[0]", 0.325, 0.15),
             ("readout.weight[0,4]", 0.0, 0.15),
