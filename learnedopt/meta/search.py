@@ -147,8 +147,9 @@ class Search:
         """Search on, yielding one record per generation.
 
         A record holds ``update``, ``meta_loss`` (minus the mean gain of the centre of the distribution), ``gains``
-        (the centre's on each task), ``std`` (of the distribution, in units of the scales), ``center`` (the weights
-        there, less their start) and ``seconds``. Stops cleanly after ``time_limit`` seconds or when ``stop`` says so.
+        (the centre's on each task), ``std`` (of the distribution, in units of the scales), ``steps`` (inner steps,
+        counted once per copy and setting), ``center`` (the weights there, less their start) and ``seconds``. Stops
+        cleanly after ``time_limit`` seconds or when ``stop`` says so.
         """
         started, before = time.perf_counter(), self.seconds
         asked = False
@@ -165,6 +166,7 @@ class Search:
                 "meta_loss": self.best_score,
                 "gains": [round(float(gain), 4) for gain in gains[:, 1]],
                 "std": float(self._search.sigma),
+                "steps": gains.size * self.config.copies * self.config.horizon,
                 "center": [float(value) for value in self._search.mean * self._scales],
                 "seconds": self.seconds,
             }
