@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from learnedopt.cli import main
 from learnedopt.meta import MetaTrainingRun, Recipe, Search, SearchConfig
 from learnedopt.meta.search import _gain, place
 from learnedopt.rules import LSTMConfig, ScheduleFreeLSTMConfig, build_rule
@@ -61,6 +62,26 @@ def test_an_interrupted_search_is_the_uninterrupted_one(tmp_path: Path) -> None:
     other = replace(recipe, training=replace(CONFIG, updates=4, population=8))
     with pytest.raises(ValueError, match="holds another run"):
         MetaTrainingRun(other, tmp_path / "parts")
+
+
+def test_the_command_line_runs_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        """
+from learnedopt.meta import Recipe, SearchConfig
+from learnedopt.rules import ScheduleFreeLSTMConfig
+from learnedopt.tasks import Mixture, Quadratics
+
+coordinates = (("readout.bias[0]", 0.0, 0.5), ("readout.bias[3]", 0.0, 0.5))
+search = SearchConfig(updates=9, coordinates=coordinates, population=4, horizon=12)
+rule = ScheduleFreeLSTMConfig(num_layers=0)
+RECIPE = Recipe("mine", "a search", "quadratics", rule, search, lambda root: Mixture((Quadratics(),)))
+"""
+    )
+    command = ["meta-train", str(recipe), "--out", str(tmp_path / "run"), "--export", str(tmp_path / "zoo")]
+    assert main([*command, "--training.updates", "2"]) == 0
+    assert "at update 2" in capsys.readouterr().out
+    assert load_rule(tmp_path / "zoo" / "mine").config == ScheduleFreeLSTMConfig(num_layers=0)
 
 
 def test_gains_are_logarithms_of_speed() -> None:

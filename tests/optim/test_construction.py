@@ -32,7 +32,7 @@ def zoo_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A zoo in which the defaults of the optimizers can be found."""
     for seed, name in enumerate(("default", "mnist-mlp", "conv-lstm")):
         save_rule(small_lstm(seed), tmp_path / name, name=name, description="-", card="-", meta_training={})
-    monkeypatch.setattr(zoo, "_root", lambda: tmp_path)
+    monkeypatch.setattr(zoo, "root", lambda: tmp_path)
     return tmp_path
 
 
