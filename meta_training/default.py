@@ -54,9 +54,6 @@ def family(root: Path | None) -> TaskFamily:
     )
 
 
-# Rows of the read-out: log step size, weights of gradient and momentum, log averaging weight. Its columns: momentum,
-# gradient, |momentum|, offset, then log RMS of the parameter, alignment, consistency, cosine of offset and momentum,
-# relative size of the offset, time.
 RECIPE = Recipe(
     name="default",
     description="Schedule-Free Adam with learned step sizes and averaging; for any network, no tuning",
@@ -66,20 +63,15 @@ RECIPE = Recipe(
     ),
     rule=ScheduleFreeLSTMConfig(num_layers=0, nominal_step=0.02),
     training=SearchConfig(
-        updates=16,
-        # The start: steps that fall as t^-0.2, after a dozen schedules tried by hand on other tasks of these families.
+        updates=14,
+        # Four of the read-out's weights. With all of them, settings that are fast on most tasks fail on some.
         coordinates=(
-            ("readout.bias[0]", 0.325, 0.15),
-            ("readout.weight[0,4]", 0.0, 0.15),
-            ("readout.weight[0,6]", 0.0, 0.15),
-            ("readout.weight[0,7]", 0.0, 0.15),
-            ("readout.weight[0,8]", 0.0, 0.15),
-            ("readout.weight[0,9]", -0.534, 0.25),
-            ("readout.bias[2]", 0.0, 0.3),
-            ("readout.bias[3]", 0.0, 0.4),
-            ("readout.weight[3,9]", 0.0, 0.6),
+            ("readout.bias[0]", 0.0, 0.4),  # log step size
+            ("readout.weight[0,9]", 0.0, 0.6),  # ... with time
+            ("readout.weight[0,7]", 0.0, 0.2),  # ... with the cosine of offset and momentum
+            ("readout.bias[3]", 0.0, 0.4),  # log averaging weight
         ),
-        population=12,
+        population=8,
         horizon=600,
         copies=2,
     ),
