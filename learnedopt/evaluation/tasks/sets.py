@@ -1,0 +1,145 @@
+"""The three sets of tasks, frozen: a result of one version stays comparable with those of the next.
+
+A task is changed only by giving it another name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from learnedopt.data import cifar10, label_subset, mnist, textures
+from learnedopt.evaluation.tasks import convolutions, perceptrons, representations, sequences
+from learnedopt.evaluation.tasks.base import Always
+from learnedopt.tasks import ConvPool, MLPClassification, Quadratics, StyleTransfer, TaskFamily
+from learnedopt.tasks.base import Task
+
+SetName = Literal["paper", "selection", "heldout"]
+
+
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """A task of a set."""
+
+    name: str
+    kind: Literal["function", "dense", "convolutional", "recurrent", "attention", "other"]
+    distance: str
+    """What about it the meta-training of the default rule has not seen."""
+    make: Callable[[Path | None], TaskFamily] = field(repr=False)
+    """Its family, from the folder of downloaded data."""
+    needs_root: bool = False
+    shared: bool = True
+    """Whether all copies have the same data, and differ only in where they start and in what order they see them."""
+
+    def family(self, root: Path | None = None) -> TaskFamily:
+        """Raises ``ValueError`` if the task needs downloaded data and there is no ``root``."""
+        if self.needs_root and root is None:
+            raise ValueError(f"task {self.name!r} needs downloaded data: say where they are with --root")
+        return self.make(root)
+
+
+def _fixed(
+    name: str,
+    kind: Literal["function", "dense", "convolutional", "recurrent", "attention", "other"],
+    make: Callable[[int], Task],
+    distance: str,
+) -> BenchmarkTask:
+    return BenchmarkTask(name, kind, distance, lambda root: Always(make))
+
+
+def _mnist(root: Path | None, hidden: tuple[int, ...] = (20,), activation: str = "sigmoid") -> TaskFamily:
+    assert root is not None
+    return MLPClassification(mnist(root), (hidden,), (activation,), initial_std=None)
+
+
+def _cifar(root: Path | None, labels: tuple[int, ...] | None = None) -> TaskFamily:
+    assert root is not None
+    data = cifar10(root)
+    return ConvPool(data if labels is None else label_subset(data, labels))
+
+
+_needs = partial(BenchmarkTask, needs_root=True)
+
+TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
+    "paper": (
+        BenchmarkTask("quadratic", "function", "no function of this kind", lambda root: Quadratics(), shared=False),
+        BenchmarkTask(
+            "quadratic-uniform",
+            "function",
+            "no function of this kind",
+            lambda root: Quadratics(entries="uniform"),
+            shared=False,
+        ),
+        _needs("mnist", "dense", "MNIST; otherwise within the training distribution", _mnist),
+        _needs("mnist-40", "dense", "MNIST, 40 units", partial(_mnist, hidden=(40,))),
+        _needs("mnist-two-layers", "dense", "MNIST; otherwise within", partial(_mnist, hidden=(20, 20))),
+        _needs("mnist-relu", "dense", "MNIST; otherwise within", partial(_mnist, activation="relu")),
+        _needs("cifar10", "convolutional", "colour images, pooling, hidden layer, size", _cifar),
+        _needs("cifar5", "convolutional", "as cifar10, five classes", partial(_cifar, labels=(0, 1, 2, 3, 4))),
+        _needs("cifar2", "convolutional", "as cifar10, two classes", partial(_cifar, labels=(0, 1))),
+        BenchmarkTask(
+            "neural-art",
+            "other",
+            "the pixels of an image are the parameters",
+            lambda root: StyleTransfer(textures()),
+            shared=False,
+        ),
+    ),
+    "selection": (
+        _fixed("tabular-gelu", "dense", perceptrons.tabular_gelu, "tabular data"),
+        _fixed("normalised-hinge", "dense", perceptrons.normalised_hinge, "tabular data, hinge loss, batch norm"),
+        _fixed("distillation", "dense", perceptrons.distillation, "soft targets, other images"),
+        _fixed("mixture-density", "dense", perceptrons.mixture_density, "likelihood of a mixture"),
+        _fixed("separable-conv", "convolutional", convolutions.separable_conv, "depthwise, SiLU, other images"),
+        _fixed("dilated-conv", "convolutional", convolutions.dilated_conv, "one dimension, dilation, residual, waves"),
+        _fixed("forecasting", "recurrent", sequences.forecasting, "another cell, real-valued series, length, L1 loss"),
+        _fixed("sorting", "attention", sequences.sorting_transformer, "post-norm, no mask, numbers for characters"),
+    ),
+    "heldout": (
+        _fixed("wide-mlp", "dense", perceptrons.wide_mlp, "4 times the widest trained on; other images, 26 classes"),
+        _fixed("deep-tanh", "dense", perceptrons.deep_tanh, "10 hidden layers, trained on up to 3; other images"),
+        _fixed("residual-quantiles", "dense", perceptrons.residual_quantiles, "residual, SiLU, quantile loss, tabular"),
+        _fixed("mlp-mixer", "dense", perceptrons.mlp_mixer, "mixing of patches, residual; other images"),
+        _fixed(
+            "residual-conv", "convolutional", convolutions.residual_conv, "residual, pooling; colour images of textures"
+        ),
+        _fixed("denoising", "convolutional", convolutions.denoising, "dense prediction, L1 loss, photographs"),
+        _fixed("row-lstm", "recurrent", sequences.row_lstm, "two layers, sequence classification, other images"),
+        _fixed("gru-names", "recurrent", sequences.gru_names, "width 40, length 16, other text; cell as in training"),
+        _fixed(
+            "code-transformer",
+            "attention",
+            sequences.code_transformer,
+            "four heads, width, length, other text and vocabulary; block as in training",
+        ),
+        _fixed("vae", "other", representations.vae, "variational objective, noise in the loss, other images"),
+        _fixed("siren", "other", representations.siren, "sine units, coordinates to colours"),
+        _fixed("skip-gram", "other", representations.skip_gram, "embeddings, rare gradients, negative sampling"),
+        _fixed("contrastive", "other", representations.contrastive, "contrastive loss over the batch, other images"),
+        _fixed("graph-wedges", "other", representations.graph_wedges, "graphs, Poisson regression"),
+    ),
+}
+"""Every set by name. Names of tasks are unique over all sets."""
+
+
+def find_tasks(names: Sequence[str]) -> list[BenchmarkTask]:
+    """The tasks of these names, each the name of a set or of a task, without repetition.
+
+    Raises ``ValueError`` for a name that is neither.
+
+    >>> [task.name for task in find_tasks(["siren", "selection"])][:2]
+    ['siren', 'tabular-gelu']
+    """
+    found: dict[str, BenchmarkTask] = {}
+    every = {task.name: task for tasks in TASK_SETS.values() for task in tasks}
+    for name in names:
+        if name in TASK_SETS:
+            found |= {task.name: task for task in TASK_SETS[name]}
+        elif name in every:
+            found[name] = every[name]
+        else:
+            raise ValueError(f"{name!r} is neither a set of tasks ({', '.join(TASK_SETS)}) nor one of {sorted(every)}")
+    return list(found.values())
