@@ -1,8 +1,9 @@
-"""The command line: ``learnedopt demo``, ``zoo list``, ``zoo show``, ``meta-train``."""
+"""The command line: ``learnedopt demo``, ``zoo list``, ``zoo show``, ``meta-train``, ``benchmark``, ``fewshot``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import signal
 import sys
@@ -14,8 +15,14 @@ from typing import Any
 
 import torch
 
-from learnedopt import __version__, zoo
+from learnedopt import __version__, fewshot, zoo
 from learnedopt.demo import Demo, compare, plot, table
+from learnedopt.evaluation.benchmark import Benchmark, Plan
+from learnedopt.evaluation.contenders import BASELINE_NAMES, HAND_WRITTEN
+from learnedopt.evaluation.report import write_report
+from learnedopt.evaluation.tasks import TASK_SETS
+from learnedopt.fewshot import demo as fewshot_demo
+from learnedopt.fewshot.demo import FewShotDemo
 from learnedopt.meta import MetaTrainingError, MetaTrainingRun, launched, load_recipe, overridden
 
 
@@ -33,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
         return int(arguments.command(arguments))
-    except MetaTrainingError as error:
+    except (MetaTrainingError, fewshot.TrainingError) as error:
         return _fail(error, 1)
     except (ValueError, OSError, ImportError) as error:
         return _fail(error, 2)
@@ -72,7 +79,75 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--export", type=Path, metavar="ZOO_FOLDER", help="write the best rule there as a zoo entry at the end"
     )
+    _benchmark_commands(commands)
+    _fewshot_commands(commands)
     return parser
+
+
+def _fewshot_commands(commands: Any) -> None:
+    fewshot = commands.add_parser("fewshot", help="few-shot learning: train, evaluate, compare")
+    fewshot_commands = fewshot.add_subparsers(required=True, metavar="COMMAND")
+    _command(fewshot_commands, "list", _fewshot_list, "methods, trained learners, data sets and recipes")
+    compared = _command(
+        fewshot_commands, "demo", _fewshot_demo, "train five methods on drawn characters, and compare them"
+    )
+    compared.add_argument(
+        "--out", type=Path, default=Path("learnedopt-fewshot.png"), help="picture of an episode (%(default)s)"
+    )
+    learn = _command(
+        fewshot_commands, "train", _fewshot_train, "train a learner by a recipe, going on from where it stopped"
+    )
+    learn.add_argument("recipe", metavar="RECIPE", help="a name in meta_training/fewshot/, or FILE.py:NAME")
+    learn.add_argument("--out", type=Path, metavar="FOLDER", help="checkpoint and log (runs/, recipe and seed)")
+    learn.add_argument("--seed", type=int, help="another seed than the recipe's")
+    learn.add_argument("--steps", type=int, help="another number of steps than the recipe's")
+    learn.add_argument("--device", default="cpu", help="where to train, e.g. cuda (%(default)s)")
+    learn.add_argument(
+        "--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="stop after the step that passes it"
+    )
+    learn.add_argument(
+        "--export", type=Path, metavar="ZOO_FOLDER", help="write the best learner there as an entry at the end"
+    )
+    judge = _command(fewshot_commands, "evaluate", _fewshot_evaluate, "judge a trained learner on frozen test episodes")
+    judge.add_argument("name", metavar="NAME", help="a trained learner of the zoo, or an entry's folder")
+    judge.add_argument("--data", help="a data set (the one it was trained on)")
+    judge.add_argument("--ways", type=int, help="classes in an episode (those it was made for)")
+    judge.add_argument("--shots", type=int, help="support examples of each class (those it was made for)")
+    judge.add_argument("--queries", type=int, default=15, help="query examples of each class (%(default)s)")
+    judge.add_argument("--episodes", type=int, default=600, help="how many of the frozen list (%(default)s)")
+    judge.add_argument("--normalization", help="another use of batch statistics: transductive, support or running")
+    for command in (learn, judge):
+        command.add_argument("--root", type=Path, metavar="DIR", help="folder of downloaded data, if it needs some")
+
+
+def _benchmark_commands(commands: Any) -> None:
+    benchmark = commands.add_parser("benchmark", help="optimizers compared on sets of tasks, tuned and untuned")
+    benchmark_commands = benchmark.add_subparsers(required=True, metavar="COMMAND")
+    _command(benchmark_commands, "list", _benchmark_list, "the sets of tasks, and the hand-written optimizers")
+    run = _command(benchmark_commands, "run", _benchmark_run, "run what is missing in a file of results")
+    run.epilog = "Stop it at any time: the same command goes on from there."
+    run.add_argument("--tasks", nargs="+", default=["heldout"], metavar="NAME", help="sets or tasks (heldout)")
+    run.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=[*BASELINE_NAMES, "default"],
+        metavar="NAME",
+        help="hand-written ones, entries of the zoo, folders of entries, or module:Class (the baselines and default)",
+    )
+    run.add_argument("--out", type=Path, default=Path("benchmark.jsonl"), help="file of results (%(default)s)")
+    run.add_argument("--horizon", type=int, default=500, metavar="STEPS", help="what counts as 1x (%(default)s)")
+    run.add_argument("--multiples", type=int, nargs="+", default=[1], metavar="N", help="horizons to judge at (1)")
+    run.add_argument("--untuned", action="store_true", help="run defaults only")
+    run.add_argument("--selection-seeds", type=int, default=2, metavar="N", help="to tune on (%(default)s)")
+    run.add_argument("--reporting-seeds", type=int, default=10, metavar="N", help="to judge on (%(default)s)")
+    run.add_argument("--root", type=Path, metavar="DIR", help="folder of downloaded data, for tasks that need some")
+    run.add_argument("--processes", type=int, default=1, metavar="N", help="tasks run side by side (%(default)s)")
+    report = _command(benchmark_commands, "report", _benchmark_report, "a page, pictures and a table from results")
+    report.add_argument("results", type=Path, nargs="+", metavar="FILE", help="files of results, read as one")
+    report.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write (the file's name without its ending)"
+    )
+    report.add_argument("--tasks", nargs="+", metavar="NAME", help="sets or tasks (all that the file has)")
 
 
 def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], help: str) -> Any:
@@ -124,6 +199,43 @@ def _zoo_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _benchmark_list(arguments: argparse.Namespace) -> int:
+    for name, tasks in TASK_SETS.items():
+        print(f"{name}:")
+        for task in tasks:
+            needs = "; needs --root" if task.needs_root else ""
+            print(f"  {task.name:<20}{task.kind:<15}{task.distance}{needs}")
+    print(f"optimizers:\n  {', '.join(HAND_WRITTEN)}")
+    return 0
+
+
+def _benchmark_run(arguments: argparse.Namespace) -> int:
+    plan = Plan(
+        horizon=arguments.horizon,
+        multiples=tuple(arguments.multiples),
+        selection_seeds=arguments.selection_seeds,
+        reporting_seeds=arguments.reporting_seeds,
+        tuning="none" if arguments.untuned else "all",
+        root=arguments.root,
+    )
+    # Vectorised over copies as it is, a run gains little from a second thread; a second process gains all of it.
+    torch.set_num_threads(1)
+    options = ["--horizon", str(plan.horizon), "--multiples", *map(str, plan.multiples)]
+    options += ["--untuned"] if arguments.untuned else []
+    command = ["learnedopt", "benchmark", "run", "--tasks", *arguments.tasks, "--optimizers", *arguments.optimizers]
+    benchmark = Benchmark(arguments.out, arguments.tasks, arguments.optimizers, plan, shlex.join([*command, *options]))
+    for line in benchmark.run(arguments.processes):
+        print(line, flush=True)
+    return 0
+
+
+def _benchmark_report(arguments: argparse.Namespace) -> int:
+    out = arguments.out or arguments.results[0].with_suffix("")
+    print(write_report(arguments.results, out, arguments.tasks))
+    print(f"Page: {out / 'index.html'}")
+    return 0
+
+
 def _settings(values: Any) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
@@ -169,6 +281,84 @@ def _train(run: MetaTrainingRun, arguments: argparse.Namespace) -> int:
         print(f"best validation {trainer.best_score:.4g}, at update {trainer.best_update}")
     if arguments.export is not None:
         print(f"exported to {run.export(arguments.export).path}")
+    return 0
+
+
+def _fewshot_list(arguments: argparse.Namespace) -> int:
+    print("methods:         " + ", ".join(fewshot.LEARNERS))
+    print("data sets:       " + ", ".join([*fewshot.DATASETS, "sinusoid"]))
+    for entry in map(fewshot.learner_info, fewshot.list_learners()):
+        print(f"trained learner: {entry.name}: {entry.description}")
+    try:
+        recipes = list(fewshot.load_recipes())
+    except FileNotFoundError:  # away from a checkout there are none
+        return 0
+    print("recipes:         " + ", ".join(recipes))
+    return 0
+
+
+def _fewshot_demo(arguments: argparse.Namespace) -> int:
+    demo = FewShotDemo()
+    torch.set_num_threads(1)
+    print(
+        f"Characters of scripts never seen in training, {demo.test.ways}-way {demo.test.shots}-shot, {demo.episodes} "
+        "test episodes, the same for all. This takes a few minutes.",
+        flush=True,
+    )
+    episode, seconds = fewshot_demo.timed(demo)
+    fewshot_demo.plot(episode, arguments.out)
+    print(f"Drawn in {seconds:.0f} s. An episode: {arguments.out}\n", flush=True)
+    results = []
+    for name, recipe in fewshot_demo.methods(demo):
+        for result in fewshot_demo.compare(demo, name, recipe):
+            print(f"{result.name}: {result.evaluation}", flush=True)
+            results.append(result)
+    print(f"\n{fewshot_demo.table(results)}")
+    print("±: 95 % interval over episodes. Transductive: saw all queries of an episode together.")
+    return 0
+
+
+def _fewshot_train(arguments: argparse.Namespace) -> int:
+    recipe = fewshot.load_fewshot_recipe(arguments.recipe)
+    changes = {name: getattr(arguments, name) for name in ("seed", "steps") if getattr(arguments, name) is not None}
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
+    training = recipe.training
+    folder = arguments.out or Path("runs") / f"{recipe.name}-seed{training.seed}"
+    run = fewshot.FewShotRun(recipe, folder, arguments.root, arguments.device)
+    print(f"{recipe.name}: step {run.step} of {training.steps}, in {folder}", flush=True)
+    with _polite_signals() as received, closing(run.run(arguments.time_limit, lambda: bool(received))) as records:
+        for record in records:
+            if record["step"] % 100 == 0 or "validation" in record:
+                validation = f"  validation {record['validation']:.4g}" if "validation" in record else ""
+                print(
+                    f"step {record['step']}  loss {record['loss']:.4g}  {record['seconds']:.0f} s{validation}",
+                    flush=True,
+                )
+    if not run.finished:
+        print(f"stopped at step {run.step}, all of it saved; the same command continues")
+    if received:
+        return 128 + received[0]
+    if run.best_step:
+        print(f"best validation {run.best_score:.4g}, at step {run.best_step}")
+    if arguments.export is not None:
+        print(f"exported to {run.export(arguments.export).path}")
+    return 0
+
+
+def _fewshot_evaluate(arguments: argparse.Namespace) -> int:
+    entry, learner = fewshot.learner_info(arguments.name), fewshot.load_learner(arguments.name)
+    if arguments.normalization is not None:
+        learner = learner.with_config(normalization=arguments.normalization)
+    data = arguments.data or entry.training["data"]
+    ways, shots = arguments.ways or entry.training["test"]["ways"], arguments.shots or entry.training["test"]["shots"]
+    shape = fewshot.EpisodeShape(ways, shots, arguments.queries)
+    source = fewshot.episode_source(data, shape, "test", arguments.root)
+    if isinstance(source, fewshot.FewShotTask):
+        fewshot.check_frozen(source)
+    result = fewshot.evaluate(learner, source.frozen(arguments.episodes))
+    setting = f"{ways}-way {shots}-shot" if source.ways is not None else f"{shots}-shot"
+    transductive = "transductive" if result.transductive else "not transductive"
+    print(f"{entry.name} on {data}, {setting}: {result} ({result.metric}, {result.n} episodes, {transductive})")
     return 0
 
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from learnedopt.rules import RuleConfig, UpdateRule, build_rule
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "weights.safetensors", "config.json", "card.md"
 
-_KEYS = ("name", "description", "rule", "sha256", "meta_training")
+_KEYS = {"name": str, "description": str, "rule": dict, "sha256": str, "meta_training": dict}
 
 
 class ZooError(ValueError):
@@ -62,8 +62,7 @@ class ZooEntry:
 
 def list_entries() -> list[str]:
     """Names of the entries that come with the package, in alphabetical order."""
-    root = _root()
-    return sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    return sorted(path.parent.name for path in root().glob(f"*/{CONFIG}"))
 
 
 def entry_info(name_or_path: str | os.PathLike[str]) -> ZooEntry:
@@ -80,23 +79,7 @@ def entry_info(name_or_path: str | os.PathLike[str]) -> ZooEntry:
     """
     folder = _find(name_or_path)
     file = folder / CONFIG
-    try:
-        values = json.loads(_read(file))
-    except ValueError as error:
-        raise ZooError(f"{file} is not valid JSON ({error})") from error
-    if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
-        raise ZooError(f"{file} does not describe a zoo entry: it has no integer 'format_version'")
-    if values["format_version"] > FORMAT_VERSION:
-        raise ZooError(
-            f"{file} has format version {values['format_version']}, and this version of learnedopt reads up to "
-            f"{FORMAT_VERSION}: upgrade learnedopt"
-        )
-    if missing := [key for key in _KEYS if key not in values]:
-        raise ZooError(f"{file} lacks {missing}")
-    for key in _KEYS:
-        expected = dict if key in ("rule", "meta_training") else str
-        if not isinstance(values[key], expected):
-            raise ZooError(f"{file}: {key!r} must be a JSON {'object' if expected is dict else 'string'}")
+    values = read_config(folder, _KEYS)
     return ZooEntry(
         name=values["name"],
         description=values["description"],
@@ -121,17 +104,7 @@ def load_rule(name_or_path: str | os.PathLike[str]) -> UpdateRule:
     """
     entry = entry_info(name_or_path)
     file = entry.path / WEIGHTS
-    data = _read(file)
-    if (actual := hashlib.sha256(data).hexdigest()) != entry.sha256:
-        raise ZooError(
-            f"{file} is truncated or corrupted: its sha256 is {actual}, and {CONFIG} says {entry.sha256}. "
-            f"Restore the file ({len(data)} bytes now) from its source"
-        )
-    try:
-        tensors = safetensors.torch.load(data)
-        embedded = _embedded_config(data)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ZooError(f"{file} is not a weight file written by learnedopt.zoo.save_rule ({error!r})") from error
+    tensors, embedded = read_weights(entry.path, entry.sha256, "rule")
     trained_config = _blank_rule(embedded, file).config
     if trained_config != entry.config:
         raise ZooError(
@@ -139,7 +112,7 @@ def load_rule(name_or_path: str | os.PathLike[str]) -> UpdateRule:
             f"{trained_config}, and it says {entry.config}"
         )
     rule = _blank_rule(entry.config, file)
-    _check_tensors(rule.state_dict(), tensors, file)
+    check_tensors(rule.state_dict(), tensors, file)
     # assign: the rule takes the loaded tensors themselves, whatever default dtype or device the program has set.
     rule.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
     return rule.eval().requires_grad_(False)
@@ -182,6 +155,69 @@ def save_rule(
     True
     """
     folder = Path(folder)
+    check_writable(folder, name, description)
+    tensors = {key: tensor.float().cpu().contiguous() for key, tensor in rule.state_dict().items()}
+    if broken := _not_finite(tensors):
+        raise ZooError(f"the rule cannot be saved: its weights are not finite in float32, in {broken}")
+    # A single metadata entry, because safetensors writes several in no fixed order.
+    weights = safetensors.torch.save(tensors, metadata={"rule": _config_json(rule.config)})
+    config = {
+        "name": name,
+        "description": description,
+        "rule": rule.config.to_dict(),
+        "meta_training": dict(meta_training),
+    }
+    write_entry(folder, weights, config, card, load_rule)
+    return entry_info(folder)
+
+
+def read_config(folder: Path, keys: Mapping[str, type]) -> dict[str, Any]:
+    """The ``config.json`` of an entry, checked to have these keys with values of these types.
+
+    Raises:
+        ZooError: it is missing, malformed, incomplete, or was written by a newer version.
+    """
+    file = folder / CONFIG
+    try:
+        values = json.loads(_read(file))
+    except ValueError as error:
+        raise ZooError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
+        raise ZooError(f"{file} does not describe a zoo entry: it has no integer 'format_version'")
+    if values["format_version"] > FORMAT_VERSION:
+        raise ZooError(
+            f"{file} has format version {values['format_version']}, and this version of learnedopt reads up to "
+            f"{FORMAT_VERSION}: upgrade learnedopt"
+        )
+    if missing := [key for key in keys if key not in values]:
+        raise ZooError(f"{file} lacks {missing}")
+    for key, expected in keys.items():
+        if not isinstance(values[key], expected):
+            raise ZooError(f"{file}: {key!r} must be a JSON {'object' if expected is dict else 'string'}")
+    return values
+
+
+def read_weights(folder: Path, sha256: str, metadata: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of an entry, and the configuration that their file repeats under the key ``metadata``.
+
+    Raises:
+        ZooError: the file is missing, truncated, altered (its sha256 is another) or not written by this package.
+    """
+    file = folder / WEIGHTS
+    data = _read(file)
+    if (actual := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ZooError(
+            f"{file} is truncated or corrupted: its sha256 is {actual}, and {CONFIG} says {sha256}. "
+            f"Restore the file ({len(data)} bytes now) from its source"
+        )
+    try:
+        return safetensors.torch.load(data), _embedded_config(data, metadata)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ZooError(f"{file} is not a weight file written by learnedopt ({error!r})") from error
+
+
+def check_writable(folder: Path, name: str, description: str) -> None:
+    """Raise :class:`ZooError` unless an entry of this name and description can be written to the folder."""
     if not name or any(separator in name for separator in "/\\\n"):
         raise ZooError(f"an entry's name is one word without path separators, got {name!r}")
     if not description.strip() or "\n" in description:
@@ -189,24 +225,27 @@ def save_rule(
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {WEIGHTS, CONFIG, CARD}):
         raise ZooError(f"{folder} exists and is not a zoo entry: choose another folder")
 
-    tensors = {key: tensor.float().cpu().contiguous() for key, tensor in rule.state_dict().items()}
-    if broken := _not_finite(tensors):
-        raise ZooError(f"the rule cannot be saved: its weights are not finite in float32, in {broken}")
-    # A single metadata entry, because safetensors writes several in no fixed order.
-    weights = safetensors.torch.save(tensors, metadata={"rule": _config_json(rule.config)})
-    config = {
-        "format_version": FORMAT_VERSION,
-        "name": name,
-        "description": description,
-        "rule": rule.config.to_dict(),
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        "meta_training": dict(meta_training),
-    }
-    try:
-        config_text = json.dumps(config, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ZooError(f"meta_training and the rule's configuration must be plain JSON types: {error}") from error
 
+def write_entry(
+    folder: Path, weights: bytes, config: Mapping[str, Any], card: str, load: Callable[[Path], object]
+) -> None:
+    """Write an entry's three files, complete or not at all, replacing one that is there.
+
+    Args:
+        folder: Where. Parents are made.
+        weights: The content of ``weights.safetensors``; its sha256 is added to ``config``.
+        config: What goes into ``config.json``, as JSON types.
+        card: Markdown for people.
+        load: Called on the entry before it takes its place, to prove that it can be loaded.
+
+    Raises:
+        ZooError: ``config`` is not JSON.
+    """
+    values = {"format_version": FORMAT_VERSION, **config, "sha256": hashlib.sha256(weights).hexdigest()}
+    try:
+        config_text = json.dumps(values, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ZooError(f"an entry's settings must be plain JSON types: {error}") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         written, replaced = Path(scratch) / "new", Path(scratch) / "old"
@@ -214,12 +253,11 @@ def save_rule(
         (written / WEIGHTS).write_bytes(weights)
         (written / CONFIG).write_text(config_text + "\n", encoding="utf-8")
         (written / CARD).write_text(card, encoding="utf-8")
-        load_rule(written)
+        load(written)
         # A folder can be renamed only onto nothing, so an old entry steps aside; its files go with the scratch folder.
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(written, folder)
-    return entry_info(folder)
 
 
 def rule_fingerprint(rule: UpdateRule) -> str:
@@ -234,7 +272,7 @@ def rule_fingerprint(rule: UpdateRule) -> str:
     return digest.hexdigest()
 
 
-def _root() -> Path:
+def root() -> Path:
     """The zoo's folder: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "zoo"
@@ -249,7 +287,7 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
         raise ZooError(f"there is no folder {name!r}")
     known = list_entries()
     if name in known:
-        return _root() / name
+        return root() / name
     if Path(name).is_dir():
         return Path(name)
     close = difflib.get_close_matches(name, known, n=1)
@@ -273,7 +311,8 @@ def _blank_rule(config: RuleConfig | Mapping[str, Any], file: Path) -> UpdateRul
         raise ZooError(f"{file} describes no rule that can be built: {error}") from error
 
 
-def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    """Raise :class:`ZooError` unless the tensors of ``file`` have the names and shapes expected, and are finite."""
     problems = []
     if missing := sorted(expected.keys() - found.keys()):
         problems.append(f"missing tensors {missing}")
@@ -283,7 +322,7 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], 
         if expected[key].shape != found[key].shape:
             problems.append(f"{key!r} has shape {tuple(found[key].shape)}, not {tuple(expected[key].shape)}")
     if problems:
-        raise ZooError(f"{file} does not match the rule's configuration: {'; '.join(problems)}")
+        raise ZooError(f"{file} does not match its configuration: {'; '.join(problems)}")
     if broken := _not_finite(found):
         raise ZooError(f"{file} holds values that are not finite, in {broken}")
 
@@ -296,7 +335,7 @@ def _config_json(config: RuleConfig) -> str:
     return json.dumps(config.to_dict(), sort_keys=True)
 
 
-def _embedded_config(weights: bytes) -> dict[str, Any]:
-    """The rule's configuration out of the weights' header: an eight-byte length, then JSON."""
+def _embedded_config(weights: bytes, key: str) -> dict[str, Any]:
+    """The configuration out of the weights' header: an eight-byte length, then JSON."""
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-    return dict(json.loads(header["__metadata__"]["rule"]))
+    return dict(json.loads(header["__metadata__"][key]))

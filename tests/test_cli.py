@@ -76,7 +76,7 @@ def own_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             card=f"# {name}\n",
             meta_training={"updates": 0},
         )
-    monkeypatch.setattr(zoo, "_root", lambda: folder)
+    monkeypatch.setattr(zoo, "root", lambda: folder)
     return folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from learnedopt.data.images import ImageData, split_by_class
 
@@ -43,13 +43,21 @@ def glyphs(
     down to ``size`` x ``size`` grey levels, the glyph near 1 and the ground 0. All of it follows from ``seed``; other
     versions of Pillow may differ in single grey levels.
 
-    Every class is split as :func:`split_by_class` does. Raises ``ValueError`` for a character that occurs twice, that
-    no face has or that is blank, for a ``size`` below 4 and for fewer than 4 ``examples``; ``ImportError`` without
-    matplotlib.
+    Every class is split as :func:`split_by_class` does. Raises as :func:`glyph_images`, and ``ValueError`` for fewer
+    than 4 ``examples``.
 
     >>> data = glyphs("αβγ", size=12, examples=10)
     >>> {name: tuple(data.split(name)[0].shape) for name in ("train", "validation", "test")}
     {'train': (21, 1, 12, 12), 'validation': (3, 1, 12, 12), 'test': (6, 1, 12, 12)}
+    """
+    return split_by_class("glyphs", glyph_images(characters, size, examples, seed).float() / 255)
+
+
+def glyph_images(characters: str, size: int, examples: int, seed: int = 0) -> Tensor:
+    """The renderings of :func:`glyphs`, not split: uint8 ``(characters, examples, 1, size, size)``.
+
+    Raises ``ValueError`` for a character that occurs twice, that no face has or that is blank, and for a ``size`` below
+    4; ``ImportError`` without matplotlib.
     """
     if size < 4:
         raise ValueError(f"size must be at least 4 pixels, got {size}")
@@ -63,8 +71,7 @@ def glyphs(
         )
     generator = Generator().manual_seed(seed)
     images = [[_render(generator, c, homes[c], size) for _ in range(examples)] for c in characters]
-    x = torch.tensor(images, dtype=torch.uint8).reshape(len(characters), examples, 1, size, size).float() / 255
-    return split_by_class("glyphs", x)
+    return torch.tensor(images, dtype=torch.uint8).reshape(len(characters), examples, 1, size, size)
 
 
 @cache

@@ -53,7 +53,7 @@ def python_docs() -> TextData:
     text = "\n".join(" ".join(line.split()) for line in text.splitlines())
     known = set(_PYTHON_DOCS_VOCABULARY)
     text = "".join(character for character in text if character in known)
-    return _split("python_docs", text, _PYTHON_DOCS_VOCABULARY)
+    return split_text("python_docs", text, _PYTHON_DOCS_VOCABULARY)
 
 
 def text_file(path: str | PathLike[str]) -> TextData:
@@ -64,10 +64,10 @@ def text_file(path: str | PathLike[str]) -> TextData:
     text = Path(path).read_text(encoding="utf-8")
     if len(text) < 10:
         raise ValueError(f"{str(path)!r} holds {len(text)} characters; at least 10 are needed to split it in three")
-    return _split(Path(path).name, text, "".join(sorted(set(text))))
+    return split_text(Path(path).name, text, "".join(sorted(set(text))))
 
 
-def _split(name: str, text: str, vocabulary: str) -> TextData:
+def split_text(name: str, text: str, vocabulary: str) -> TextData:
     """The first 80 % for training, the next 10 % for validation, the rest for testing."""
     place = {character: i for i, character in enumerate(vocabulary)}
     tokens = torch.tensor([place[character] for character in text], dtype=torch.int64)

@@ -1,0 +1,389 @@
+"""Few-shot learning: accuracy on Omniglot and error on sine waves, beside published and reproduced figures.
+
+    python benchmarks/fewshot.py train omniglot-maml-5way-1shot --root DIR --time-limit 3600
+    python benchmarks/fewshot.py evaluate --root DIR
+    python benchmarks/fewshot.py table
+
+``train`` goes on with a recipe of ``meta_training/fewshot``, in ``runs/fewshot``; one run for each of ``--seeds``.
+``evaluate`` judges all runs that there are, by their best weights so far, on the frozen test episodes, and adds to
+``benchmarks/results/fewshot.json`` (one entry per run and setting; others stay). ``table`` writes
+``fewshot_omniglot.md`` and ``fewshot_sinusoid.md`` from it. Intervals are 95 % over episodes; where there are several
+training seeds, their standard deviation stands behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learnedopt.fewshot import (
+    ClassSet,
+    EpisodeShape,
+    Evaluation,
+    FewShotRun,
+    FewShotTask,
+    Learner,
+    LearnerConfig,
+    check_frozen,
+    episode_source,
+    evaluate,
+    load_classes,
+    load_recipes,
+)
+from learnedopt.fewshot.learners import NearestNeighbourConfig
+from learnedopt.fewshot.learners.embedding import EmbeddingLearner
+
+RESULTS = Path(__file__).parent / "results"
+Setting = tuple[int, int]
+"""Ways and shots."""
+SETTINGS: tuple[Setting, ...] = ((5, 1), (5, 5), (20, 1), (20, 5))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: how a method was trained for each setting, and what others report."""
+
+    label: str
+    recipes: dict[Setting, str]
+    published: tuple[str, str, str, str] = ("", "", "", "")
+    """In the order of ``SETTINGS``."""
+    reproduced: tuple[str, str, str, str] = ("", "", "", "")
+    """By independent code; see ``docs/fewshot.md`` for the sources."""
+    targets: tuple[float | None, ...] = (None, None, None, None)
+    """What the accuracy should reach."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Settings of the learner that are others in evaluation than in training."""
+    learner: LearnerConfig | None = None
+    """Another method that runs on the same trained weights."""
+
+
+def _all(name: str) -> dict[Setting, str]:
+    return dict.fromkeys(SETTINGS, name)
+
+
+def _each(name: str) -> dict[Setting, str]:
+    return {(ways, shots): f"{name}-{ways}way-{shots}shot" for ways, shots in SETTINGS}
+
+
+_PROTONET = {setting: f"omniglot-protonet-{setting[1]}shot" for setting in SETTINGS}
+_MAML_TARGETS = (98.1, 99.5, 91.6, 97.5)
+_MAML = ("98.7 ± 0.4", "99.9 ± 0.1", "95.8 ± 0.3", "98.9 ± 0.2")
+_MAML_AGAIN = ("99.1, 98.1", "", "91.6", "95.9")
+OMNIGLOT = (
+    Row("baseline-finetune", _all("omniglot-finetune"), ("86.0", "97.6", "72.9", "92.3"), ("95", "", "90", "")),
+    Row("baseline-nearest-neighbour", _all("omniglot-finetune"), learner=NearestNeighbourConfig()),
+    Row(
+        "matching networks",
+        {setting: f"omniglot-matching-{setting[1]}shot" for setting in SETTINGS},
+        ("98.1", "98.9", "93.8", "98.5"),
+        ("92.0 (cosine), 98.3 (L2)", "93.2, 99.8", "75.6, 92.8", "77.8, 97.8"),
+        (97.1, 97.9, 92.8, 97.5),
+    ),
+    Row("meta-LSTM", _each("omniglot-meta-lstm"), changes={"normalization": "support"}),
+    Row("meta-LSTM, transductive", _each("omniglot-meta-lstm"), changes={"normalization": "transductive"}),
+    Row(
+        "prototypical networks",
+        _PROTONET,
+        ("98.8", "99.7", "96.0", "98.9"),
+        ("98.4", "99.6", "94.9", "98.6"),
+        (98.4, 99.6, 94.9, 98.6),
+    ),
+    Row(
+        "prototypical networks, trained 1-shot",
+        dict.fromkeys(((5, 5), (20, 5)), "omniglot-protonet-1shot"),
+        targets=(None, 99.6, None, 98.6),
+    ),
+    Row("MAML, transductive", _each("omniglot-maml"), _MAML, _MAML_AGAIN, _MAML_TARGETS),
+    Row("MAML", _each("omniglot-maml"), changes={"normalization": "support"}),
+    Row(
+        "first-order MAML, transductive",
+        _each("omniglot-fomaml"),
+        ("98.3 ± 0.5", "99.2 ± 0.2", "89.4 ± 0.5", "97.9 ± 0.1"),
+        ("97.13, 95.5", "", "92.2", "97.7"),
+    ),
+    Row(
+        "Meta-SGD, transductive",
+        _each("omniglot-meta-sgd"),
+        ("99.53 ± 0.26", "99.93 ± 0.09", "", ""),
+        targets=(98.53, 98.93, None, None),
+    ),
+    Row("ANIL, transductive", _each("omniglot-anil")),
+    Row(
+        "MAML++, transductive",
+        _each("omniglot-maml-pp"),
+        ("99.47", "99.93", "97.65", "99.33"),
+        ("", "", "96.65", ""),
+        (98.47, 98.93, 96.65, 98.33),
+    ),
+    Row(
+        "Reptile, transductive",
+        _each("omniglot-reptile"),
+        ("97.68 ± 0.04", "99.48 ± 0.06", "89.43 ± 0.14", "97.12 ± 0.32"),
+        targets=(96.68, 98.48, 88.43, 96.12),
+    ),
+)
+
+SINUSOID = (
+    ("pretrained on all waves", "sinusoid-pretrained"),
+    ("MAML", "sinusoid-maml"),
+    ("Meta-SGD", "sinusoid-meta-sgd"),
+    ("meta-LSTM", "sinusoid-meta-lstm"),
+)
+SINUSOID_SHOTS = (5, 10, 20)
+SINUSOID_STEPS = (1, 5, 10)
+"""Gradient steps in evaluation, of methods whose number may differ from training's."""
+
+
+def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, int, FewShotRun]]:
+    """Every run in the folder, by recipe and seed."""
+    recipes = load_recipes()
+    for folder in sorted(arguments.runs.glob("*-seed*")):
+        name, _, seed = folder.name.rpartition("-seed")
+        if not (folder / "checkpoint.pt").exists() or (arguments.recipe and name not in arguments.recipe):
+            continue
+        recipe = recipes[name]
+        training = dataclasses.replace(recipe.training, seed=int(seed))
+        yield name, int(seed), FewShotRun(dataclasses.replace(recipe, training=training), folder, arguments.root)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Go on with the runs named."""
+    recipes = load_recipes()
+    for seed in arguments.seeds:
+        for name in arguments.recipe:
+            recipe = recipes[name]
+            recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=seed))
+            run = FewShotRun(recipe, arguments.runs / f"{name}-seed{seed}", arguments.root)
+            for record in run.run(arguments.time_limit):
+                if "validation" in record:
+                    print(f"{name}, seed {seed}: {json.dumps(record)}", flush=True)
+            print(f"{name}, seed {seed}: {run.step} of {recipe.training.steps} steps", flush=True)
+
+
+def judge(arguments: argparse.Namespace) -> None:
+    """Evaluate all runs, saving after each."""
+    file = arguments.out / "fewshot.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results["command"] = "python benchmarks/fewshot.py evaluate --root DIR"
+    results["torch"] = str(torch.__version__)
+    entries = results.setdefault("entries", {})
+    for name, seed, run in runs(arguments):
+        if not run.best_step:
+            print(f"{name}, seed {seed}: no validation yet, after {run.step} steps", flush=True)
+            continue
+        settings = {
+            "recipe": name,
+            "seed": seed,
+            "step": run.step,
+            "steps": run.recipe.training.steps,
+            "best_step": run.best_step,
+            "seconds": round(run.seconds),
+            "commit": run.commit,
+        }
+        found = sinusoid_results(run, arguments) if name.startswith("sinusoid") else omniglot_results(run, arguments)
+        for label, setting, result in found:
+            entries[f"{label} | {setting} | {name} seed {seed}"] = {
+                "label": label,
+                "setting": setting,
+                **settings,
+                **summary(result),
+            }
+            print(f"{label}, {setting}, seed {seed}: {result}", flush=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(temporary, file)
+
+
+def omniglot_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator[tuple[str, str, Evaluation]]:
+    """Every row and setting that a run serves."""
+    best = run.best_learner()
+    classes = load_classes(run.recipe.data, "test", arguments.root)
+    for row in OMNIGLOT:
+        if run.recipe.name not in row.recipes.values():
+            continue
+        learner, images = on_features(_as_row(row, run, best), classes)
+        for (ways, shots), name in row.recipes.items():
+            if name == run.recipe.name:
+                check_frozen(FewShotTask(classes, ways, shots, 15))
+                episodes = FewShotTask(images, ways, shots, 15).frozen(arguments.episodes)
+                yield row.label, f"{ways}-way {shots}-shot", evaluate(learner, episodes)
+
+
+def on_features(learner: Learner, classes: ClassSet) -> tuple[Learner, ClassSet]:
+    """The same evaluation with every image through the network once, instead of in every episode that has it.
+
+    Only methods that compare features, and normalize each image by itself, can be judged so; others come back as they
+    are.
+    """
+    if not isinstance(learner, EmbeddingLearner) or learner.config.normalization != "running":
+        return learner, classes
+    bare = copy.deepcopy(learner).eval()
+    network, bare.model.backbone = bare.model.backbone, torch.nn.Flatten()
+    places = torch.arange(len(classes.images)).split(256)
+    with torch.no_grad():
+        features = torch.cat([network(classes.gather(some)).flatten(1) for some in places])
+    bare.shape = dataclasses.replace(bare.shape, example_shape=tuple(features.shape[1:]))
+    return bare, dataclasses.replace(classes, images=features)
+
+
+def _as_row(row: Row, run: FewShotRun, best: Learner) -> Learner:
+    if row.learner is None:
+        return best.with_config(**row.changes)
+    learner = row.learner.build(run.recipe.backbone, best.shape)
+    learner.load_state_dict(run.best_weights)
+    return learner
+
+
+def sinusoid_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator[tuple[str, str, Evaluation]]:
+    """Shots, and steps of evaluation where the method leaves them free."""
+    (label,) = (label for label, name in SINUSOID if name == run.recipe.name)
+    best = run.best_learner()
+    fixed = best.config.kind == "meta_lstm"
+    for shots in SINUSOID_SHOTS:
+        episodes = episode_source("sinusoid", EpisodeShape(shots=shots, queries=100), "test").frozen(arguments.episodes)
+        for steps in (None,) if fixed else SINUSOID_STEPS:
+            learner = best if steps is None else best.with_config(test_steps=steps)
+            yield label, f"{shots}-shot, {learner.steps} step(s)", evaluate(learner, episodes, batch_size=200)
+
+
+def summary(result: Evaluation) -> dict[str, Any]:
+    """An evaluation as JSON; numbers that are not finite become null."""
+    numbers = {name: getattr(result, name) for name in ("mean", "ci95", "median")}
+    return {
+        "metric": result.metric,
+        **{name: value if abs(value) < float("inf") else None for name, value in numbers.items()},
+        "n": result.n,
+        "diverged": result.diverged,
+        "transductive": result.transductive,
+    }
+
+
+def tables(arguments: argparse.Namespace) -> None:
+    """Write the pages."""
+    results = json.loads((arguments.out / "fewshot.json").read_text())
+    for name, text in (("omniglot", omniglot_table(results)), ("sinusoid", sinusoid_table(results))):
+        (arguments.out / f"fewshot_{name}.md").write_text(text)
+
+
+def omniglot_table(results: dict[str, Any]) -> str:
+    """A row per method and setting."""
+    lines = [
+        "# Omniglot",
+        "",
+        "Accuracy in per cent on frozen test episodes of the split of Vinyals and Snell, rotations as further classes, "
+        "15 queries of each class, ± 95 % over episodes; sd: standard deviation over training seeds. *Transductive*: "
+        "batch normalization saw all queries of an episode together. *Steps*: done of those in the recipe. *Seconds*: "
+        "of training by the clock, on one core shared with other programs. *Short by*: points below what is aimed at, "
+        "the figure that independent code reproduces, or for methods with one figure only, one point below that.",
+        "",
+        "| method | setting | here | short by | transductive | published | reproduced | steps | seconds |",
+        "|---|---|--:|--:|---|--:|--:|--:|--:|",
+    ]
+    missing: dict[str, None] = {}
+    for row in OMNIGLOT:
+        for index, (ways, shots) in enumerate(SETTINGS):
+            if (ways, shots) not in row.recipes:
+                continue
+            setting, recipe = f"{ways}-way {shots}-shot", row.recipes[ways, shots]
+            found = [
+                entry
+                for entry in results["entries"].values()
+                if (entry["label"], entry["setting"], entry["recipe"]) == (row.label, setting, recipe)
+            ]
+            others = f"{row.published[index]} | {row.reproduced[index]}"
+            if found:
+                steps = ", ".join(f"{entry['step']} of {entry['steps']}" for entry in found)
+                seconds = ", ".join(str(entry["seconds"]) for entry in found)
+                transductive = "yes" if found[0]["transductive"] else "no"
+                short = _short(row.targets[index], found)
+                cells = f"{_accuracy(found)} | {short} | {transductive} | {others} | {steps} | {seconds}"
+            else:
+                missing[recipe] = None
+                cells = f"not trained yet | | | {others} | | "
+            lines.append(f"| {row.label} | {setting} | {cells} |")
+    lines += [
+        "",
+        f"Made by `{results['command']}` with torch {results['torch']}; raw results in `fewshot.json`. To go on, or to "
+        "begin what is not trained yet:",
+        "",
+        "```sh",
+        f"python benchmarks/fewshot.py train {' '.join(missing)} --root DIR --time-limit 3600".replace("  ", " "),
+        "python benchmarks/fewshot.py evaluate --root DIR && python benchmarks/fewshot.py table",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _short(target: float | None, entries: list[dict[str, Any]]) -> str:
+    """Points below the target; nothing where there is none or it is reached."""
+    below = 0.0 if target is None else target - 100 * statistics.fmean(entry["mean"] for entry in entries)
+    return f"{below:.2f}" if below > 0 else ""
+
+
+def _accuracy(entries: list[dict[str, Any]]) -> str:
+    """Mean over seeds, with the widest interval over episodes and the deviation over seeds."""
+    means = [100 * entry["mean"] for entry in entries]
+    text = f"{statistics.fmean(means):.2f} ± {100 * max(entry['ci95'] for entry in entries):.2f}"
+    return text if len(means) < 2 else f"{text}, sd {statistics.stdev(means):.2f} ({len(means)} seeds)"
+
+
+def sinusoid_table(results: dict[str, Any]) -> str:
+    """A row per method and number of steps."""
+    lines = [
+        "# Sine waves",
+        "",
+        "Mean squared error on frozen test tasks with 100 query points, trained with 10 shots: mean ± 95 %, "
+        "median, number of tasks that diverged (an error of more than ten times the mean square of all targets, or "
+        "none at all). Published for MAML with 5 shots after 1, 5 and 10 steps: 0.67, 0.38, 0.35; pretrained on all: "
+        "2.41, 2.23, 2.19 (Finn et al. 2017, table 2).",
+        "",
+        "| method | setting | mean | median | diverged | tasks | steps of training |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for label, _ in SINUSOID:
+        for entry in results["entries"].values():
+            if entry["label"] == label and entry["metric"] == "mse":
+                mean = "not finite" if entry["mean"] is None else f"{entry['mean']:.3g} ± {entry['ci95']:.2g}"
+                median = "not finite" if entry["median"] is None else f"{entry['median']:.3g}"
+                lines.append(
+                    f"| {label} | {entry['setting']} | {mean} | {median} | {entry['diverged']} | {entry['n']} "
+                    f"| {entry['step']} of {entry['steps']} |"
+                )
+    lines += ["", f"Made by `{results['command']}` with torch {results['torch']}; raw results in `fewshot.json`."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run one command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, function in (("train", train), ("evaluate", judge), ("table", tables)):
+        command = commands.add_parser(name)
+        command.set_defaults(function=function)
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+        if name != "table":
+            command.add_argument("recipe", nargs="+" if name == "train" else "*", help="by default all that have a run")
+            command.add_argument("--runs", type=Path, default=Path("runs/fewshot"))
+            command.add_argument("--root", type=Path, help="folder with Omniglot")
+        if name == "train":
+            command.add_argument("--seeds", type=int, nargs="+", default=[0])
+            command.add_argument("--time-limit", type=float, default=float("inf"), help="seconds for each run")
+        if name == "evaluate":
+            command.add_argument("--episodes", type=int, default=1000)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.function(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Few-shot learning: episodes, learners, evaluation, training."""
+
+from learnedopt.fewshot.backbones import BACKBONES, MLP, BackboneConfig, Conv4
+from learnedopt.fewshot.datasets import DATASETS, Split, check_frozen, load_classes, load_split
+from learnedopt.fewshot.entries import LearnerEntry, learner_info, list_learners, load_learner, save_learner
+from learnedopt.fewshot.episodes import (
+    ClassSet,
+    EpisodeIndices,
+    EpisodeList,
+    Episodes,
+    EpisodeSource,
+    FewShotTask,
+    Sinusoid,
+    TrainingSource,
+)
+from learnedopt.fewshot.evaluate import Evaluation, evaluate
+from learnedopt.fewshot.learner import Adapted, Learner, LearnerConfig, LearnerShape
+from learnedopt.fewshot.learners import LEARNERS
+from learnedopt.fewshot.training import (
+    EpisodeShape,
+    FewShotRecipe,
+    FewShotRun,
+    FewShotTrainConfig,
+    TrainingError,
+    episode_source,
+    load_fewshot_recipe,
+    load_recipes,
+)
+
+__all__ = [
+    "BACKBONES",
+    "DATASETS",
+    "LEARNERS",
+    "MLP",
+    "Adapted",
+    "BackboneConfig",
+    "ClassSet",
+    "Conv4",
+    "EpisodeIndices",
+    "EpisodeList",
+    "EpisodeShape",
+    "EpisodeSource",
+    "Episodes",
+    "Evaluation",
+    "FewShotRecipe",
+    "FewShotRun",
+    "FewShotTask",
+    "FewShotTrainConfig",
+    "Learner",
+    "LearnerConfig",
+    "LearnerEntry",
+    "LearnerShape",
+    "Sinusoid",
+    "Split",
+    "TrainingError",
+    "TrainingSource",
+    "check_frozen",
+    "episode_source",
+    "evaluate",
+    "learner_info",
+    "list_learners",
+    "load_classes",
+    "load_fewshot_recipe",
+    "load_learner",
+    "load_recipes",
+    "load_split",
+    "save_learner",
+]

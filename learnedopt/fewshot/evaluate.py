@@ -1,0 +1,119 @@
+"""How good a learner is on episodes it has never seen."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from learnedopt.fewshot.episodes import Episodes
+from learnedopt.fewshot.learner import Learner
+
+
+class Batched(Protocol):
+    """Episodes that can be gone through in batches: :class:`Episodes` and :class:`EpisodeList`."""
+
+    def batches(self, size: int) -> Iterator[Episodes]:
+        """``size`` at a time, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One number per episode, and what they come to.
+
+    >>> accuracy = Evaluation("accuracy", (1.0, 0.5, 0.75, 0.75), diverged=0, transductive=False)
+    >>> accuracy.mean, accuracy.median, round(accuracy.ci95, 3), str(accuracy)
+    (0.75, 0.75, 0.2, '75.00 ± 20.00 %')
+    """
+
+    metric: Literal["accuracy", "mse"]
+    """Share of the query examples classified correctly, or mean squared error."""
+    values: tuple[float, ...] = field(repr=False)
+    """One per episode, in their order: two evaluations on one list can be compared episode by episode."""
+    diverged: int
+    """Episodes whose predictions were not all finite (their accuracy counts as 0), or whose squared error was more than
+    ten times the mean square of all targets."""
+    transductive: bool
+    """Whether the learner saw the query examples together, as :attr:`Learner.transductive` declares."""
+
+    @property
+    def n(self) -> int:
+        """Number of episodes."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Over all episodes, diverged ones included: infinite if one of them is."""
+        return math.fsum(self.values) / self.n
+
+    @property
+    def median(self) -> float:
+        """Of the episodes' values."""
+        return statistics.median(self.values)
+
+    @property
+    def ci95(self) -> float:
+        """Half the width of the mean's 95 % interval over episodes, ``1.96 s / √n``; not over training seeds."""
+        if self.n < 2:
+            return math.nan
+        if not math.isfinite(self.mean):
+            return math.inf
+        return 1.96 * statistics.stdev(self.values) / math.sqrt(self.n)
+
+    def __str__(self) -> str:
+        if self.metric == "accuracy":
+            return f"{100 * self.mean:.2f} ± {100 * self.ci95:.2f} %"
+        return f"{self.mean:.3g} ± {self.ci95:.2g}, median {self.median:.3g}, {self.diverged} diverged"
+
+
+def evaluate(learner: Learner, episodes: Batched, batch_size: int = 25) -> Evaluation:
+    """Let the learner fit the support set of every episode and predict its query set.
+
+    The learner is put into evaluation mode for the time and is left as it was. Episodes follow it to its device.
+
+    Args:
+        learner: What to judge.
+        episodes: :class:`Episodes`, or a list that :meth:`EpisodeSource.frozen` gives.
+        batch_size: Episodes at a time; changes speed and memory, not the result beyond rounding.
+
+    Raises:
+        ValueError: there are no episodes.
+    """
+    weight = next(learner.parameters(), None)
+    training = learner.training
+    values: list[float] = []
+    squares: list[float] = []
+    diverged = 0
+    learner.eval()
+    try:
+        for batch in episodes.batches(batch_size):
+            if weight is not None:
+                batch = batch.to(weight.device, weight.dtype)
+            adapted = learner.fit(batch.support_x, batch.support_y, ways=batch.ways)
+            with torch.no_grad():
+                predicted = adapted.predict(batch.query_x)
+            if batch.ways is None:
+                values += _means((predicted - batch.query_y).nan_to_num(nan=math.inf).square())
+                squares += _means(batch.query_y.square())
+            else:
+                finite = predicted.isfinite().all(-1).all(-1)
+                values += _means((predicted.argmax(-1) == batch.query_y) & finite[:, None])
+                diverged += int((~finite).sum())
+    finally:
+        learner.train(training)
+    if not values:
+        raise ValueError("there are no episodes to evaluate on")
+    if squares:
+        diverged = sum(value > 10 * statistics.fmean(squares) for value in values)
+    return Evaluation("mse" if squares else "accuracy", tuple(values), diverged, learner.transductive)
+
+
+def _means(values: Tensor) -> list[float]:
+    """Over all but the axis of episodes."""
+    return values.double().flatten(1).mean(1).tolist()

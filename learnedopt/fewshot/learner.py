@@ -1,0 +1,370 @@
+"""What every few-shot method is: it is fitted to a support set, and what comes of that predicts queries."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from learnedopt.fewshot.backbones import BackboneConfig
+from learnedopt.fewshot.config import Config, check_choice
+from learnedopt.fewshot.episodes import EpisodeList, Episodes, TrainingSource, check_labels
+from learnedopt.fewshot.normalization import NORMALIZATIONS, Normalization, batch_norms
+
+
+@dataclass(frozen=True)
+class LearnerShape:
+    """What a learner is made for."""
+
+    example_shape: tuple[int, ...]
+    ways: int | None
+    """Classes in an episode; ``None`` for regression."""
+    num_classes: int | None = None
+    """Classes in meta-training, for methods that begin with telling all of them apart."""
+    outputs: int = 1
+    """Numbers to predict, in regression."""
+
+    def __post_init__(self) -> None:
+        if self.ways is not None and self.ways < 2:
+            raise ValueError(f"ways must be at least 2, or None for regression, got {self.ways}")
+        if self.outputs < 1:
+            raise ValueError(f"outputs must be at least 1, got {self.outputs}")
+
+
+@dataclass(frozen=True)
+class LearnerConfig(Config):
+    """Settings of a method; a method is one subclass of :class:`Learner` and one of this."""
+
+    normalization: Normalization = "transductive"
+    """Whose statistics batch normalization uses, see :mod:`learnedopt.fewshot.normalization`."""
+    episodes_at_once: int | None = None
+    """How many episodes go through the network together. ``None`` is the faster way, by measurement: one after another
+    where a network with convolutions runs on the CPU, all together otherwise."""
+
+    def __post_init__(self) -> None:
+        check_choice("normalization", self.normalization, NORMALIZATIONS)
+        if self.episodes_at_once is not None and self.episodes_at_once < 1:
+            raise ValueError(f"episodes_at_once must be at least 1, got {self.episodes_at_once}")
+
+    def make(self, backbone: nn.Module, shape: LearnerShape) -> Learner:
+        """The learner itself, around a backbone that is its own."""
+        raise NotImplementedError
+
+    def build(
+        self, backbone: BackboneConfig | nn.Module, shape: LearnerShape, generator: Generator | None = None
+    ) -> Learner:
+        """A fresh learner.
+
+        Args:
+            backbone: Settings of one; or any module from ``(n, *example)`` to ``(n, ...)``, of which the learner takes
+                a copy, weights included.
+            shape: What it is made for. Methods that compare features also take episodes of other ways.
+            generator: Draws the initial weights; by default torch's own, as for torch's modules.
+
+        Raises:
+            ValueError: the method cannot do this, or the backbone does not take such examples.
+
+        >>> from learnedopt.fewshot.backbones import MLP
+        >>> from learnedopt.fewshot.learners import ProtoNetConfig
+        >>> learner = ProtoNetConfig().build(MLP(), LearnerShape((3,), ways=2))
+        >>> x, y = torch.eye(4, 3), torch.tensor([0, 0, 1, 1])
+        >>> learner.fit(x, y).predict(x).shape
+        torch.Size([4, 2])
+        """
+        # Modules draw their weights from torch's global generator: for a moment it is made to continue this one.
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):
+            if generator is not None:
+                torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            module = copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone.build(shape.example_shape)
+            return self.make(module, shape)
+
+
+class Part(Protocol):
+    """Some episodes that a learner has been fitted to."""
+
+    def predict(self, query_x: Tensor) -> Tensor:
+        """``(E, q, *example)`` to ``(E, q, outputs)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """What :meth:`Learner.fit` returns: a learner fitted to one support set, or to one for each of E episodes.
+
+    It refers to the learner's weights. After an update of these, fit again.
+    """
+
+    parts: Sequence[Part]
+    sizes: Sequence[int]
+    """How many episodes each part holds."""
+    example_shape: tuple[int, ...]
+    single: bool
+    """Whether there was no axis of episodes."""
+
+    def predict(self, query_x: Tensor) -> Tensor:
+        """Logits ``(E, q, ways)``, or in regression the outputs ``(E, q, outputs)``; without E if there was none.
+
+        Args:
+            query_x: ``(E, q, *example)``, or ``(q, *example)``.
+
+        Raises:
+            ValueError: the shape is not that, or the number of episodes is not that of :meth:`Learner.fit`.
+        """
+        if self.single:
+            query_x = query_x[None]
+        if tuple(query_x.shape[2:]) != self.example_shape or query_x.ndim != 2 + len(self.example_shape):
+            raise ValueError(
+                f"query_x must be {'' if self.single else '(episodes, '}queries, then examples of shape "
+                f"{self.example_shape}, got {tuple(query_x.shape[1 if self.single else 0 :])}"
+            )
+        if len(query_x) != sum(self.sizes):
+            raise ValueError(f"fitted to {sum(self.sizes)} episodes, and query_x holds {len(query_x)}")
+        if query_x.shape[1] == 0:
+            raise ValueError("query_x is empty")
+        pieces = zip(self.parts, query_x.split(list(self.sizes)))
+        found = torch.cat([part.predict(x) for part, x in pieces])
+        return found.squeeze(0) if self.single else found
+
+
+class Learner(nn.Module, ABC):
+    """A few-shot method with its meta-learned weights.
+
+    In training mode what :meth:`fit` and :meth:`Adapted.predict` compute can be differentiated with respect to the
+    weights, as far as the method does; in evaluation mode a fit keeps no graph.
+
+    A further method is a file with a subclass, its configuration, and a line in
+    :data:`learnedopt.fewshot.learners.LEARNERS`. It defines :meth:`fit_part`, and where the loss of a training step is
+    not the mean loss of the queries, :meth:`losses` or :meth:`training_step`.
+    """
+
+    config: LearnerConfig
+    progress: Tensor
+    classification_only: ClassVar[bool] = False
+    any_ways: ClassVar[bool] = False
+    """Whether episodes may have other ways than the learner was made for."""
+
+    def __init__(self, config: LearnerConfig, shape: LearnerShape) -> None:
+        super().__init__()
+        if self.classification_only and shape.ways is None:
+            raise ValueError(f"{config.kind} compares examples of classes and cannot do regression (ways=None)")
+        self.config = config
+        self.shape = shape
+        self.register_buffer("progress", torch.zeros(()))
+
+    @property
+    def transductive(self) -> bool:
+        """Whether the prediction of a query may depend on the other queries.
+
+        That is so with ``normalization="transductive"``, if the network has batch normalization at all.
+        """
+        return self.config.normalization == "transductive" and bool(batch_norms(self))
+
+    def with_config(self, **changes: Any) -> Self:
+        """This learner under other settings, with the same weights and not a copy of them.
+
+        For settings that can change without training anew: ``normalization``, inner steps and rates of evaluation.
+
+        Raises:
+            ValueError: running averages are wanted, and this learner was built without any.
+        """
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, **changes)
+        if other.config.normalization == "running" and any(
+            norm.running_mean is None for norm in batch_norms(self).values()
+        ):
+            raise ValueError("this learner keeps no running averages: build it with normalization='running'")
+        return other
+
+    def set_progress(self, fraction: float) -> None:
+        """Say how much of meta-training is done, from 0 to 1: schedules depend on it. It is part of the state."""
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"progress is a fraction from 0 to 1, got {fraction}")
+        self.progress.fill_(fraction)
+
+    def choose_settings(self, episodes: Episodes | EpisodeList) -> dict[str, Any]:
+        """Choose what the method leaves to validation; called once, after training.
+
+        Args:
+            episodes: Of the validation classes.
+
+        Returns:
+            The settings changed, and their new values; for most methods none.
+        """
+        return {}
+
+    def fit(self, support_x: Tensor, support_y: Tensor, ways: int | None = None) -> Adapted:
+        """Fit to a support set. The learner itself does not change.
+
+        Args:
+            support_x: ``(n, *example)``, or ``(E, n, *example)`` for E episodes at once.
+            support_y: Labels, int64 in [0, ways), or targets ``(n, outputs)``; with E in front if ``support_x`` has.
+            ways: Number of classes; by default what the learner was made for or, if it takes any, one more than the
+                largest label.
+
+        Raises:
+            ValueError: shapes, labels or ways do not fit.
+        """
+        shape = self.shape.example_shape
+        single = support_x.ndim == len(shape) + 1
+        if single:
+            support_x, support_y = support_x[None], support_y[None]
+        if support_x.ndim != len(shape) + 2 or tuple(support_x.shape[2:]) != shape:
+            raise ValueError(
+                f"support_x must be (n, *example) or (episodes, n, *example) with examples of shape {shape}, got "
+                f"{tuple(support_x.shape[int(single) :])}"
+            )
+        if support_y.shape[:2] != support_x.shape[:2]:
+            raise ValueError(
+                f"support_x has shape {tuple(support_x.shape)} and support_y {tuple(support_y.shape)}: they must agree "
+                "in episodes and examples"
+            )
+        if len(support_x) == 0:
+            raise ValueError("support_x holds no episodes")
+        ways = self._check_targets(support_y, ways)
+        sizes = self._sizes(len(support_x), support_x.device)
+        parts = zip(support_x.split(sizes), support_y.split(sizes))
+        return Adapted([self.fit_part(x, y, ways) for x, y in parts], sizes, shape, single)
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """What meta-training minimizes, averaged over the episodes: a scalar to call ``backward`` on.
+
+        Most methods: the loss of the queries after fitting to the support; cross-entropy, or the mean squared error.
+        Where episodes are taken one after another, the gradient of each is computed at once and its graph let go, so
+        that memory does not grow with their number; the result can then be differentiated once, not twice. In training
+        mode, running averages of batch normalization move, if the method has any.
+
+        Raises:
+            ValueError: the episodes are not what the learner was made for.
+        """
+        if episodes.example_shape != self.shape.example_shape:
+            raise ValueError(
+                f"made for examples of shape {self.shape.example_shape}, and the episodes have examples of shape "
+                f"{episodes.example_shape}"
+            )
+        self._check_targets(episodes.support_y, episodes.ways)
+        size = self._sizes(len(episodes), episodes.support_x.device)[0]
+        if len(episodes) <= size:
+            return self.losses(episodes).mean()
+        parts = episodes.batches(size)
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        if not weights or not torch.is_grad_enabled():
+            return torch.cat([self.losses(part) for part in parts]).mean()
+        total: Tensor | None = None
+        gradients: list[Tensor | None] = [None] * len(weights)
+        for part in parts:
+            loss = self.losses(part).sum() / len(episodes)
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            gradients = [
+                new if old is None else old if new is None else old.add_(new) for old, new in zip(gradients, found)
+            ]
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        loss_with_gradients: Tensor = _Differentiated.apply(total, gradients, *weights)
+        return loss_with_gradients
+
+    def training_step(self, source: TrainingSource, generator: Generator) -> Tensor:
+        """The loss of one step of meta-training; the caller calls ``backward`` and the outer optimizer.
+
+        Args:
+            source: What to draw from.
+            generator: Draws.
+        """
+        return self.meta_loss(source.episodes(generator))
+
+    @abstractmethod
+    def fit_part(self, support_x: Tensor, support_y: Tensor, ways: int | None) -> Part:
+        """:meth:`fit` for as many episodes as go through the network together, with arguments that were checked."""
+
+    def losses(self, episodes: Episodes) -> Tensor:
+        """:meth:`meta_loss` of each of as many episodes as go through the network together, ``(E,)``."""
+        adapted = self.fit_part(episodes.support_x, episodes.support_y, episodes.ways)
+        return episode_losses(adapted.predict(episodes.query_x), episodes.query_y)
+
+    def _check_targets(self, targets: Tensor, ways: int | None) -> int | None:
+        """Refuse labels or targets that do not fit the problem; returns the ways."""
+        if self.shape.ways is None:
+            if ways is not None or not targets.is_floating_point() or targets.ndim != 3:
+                raise ValueError(
+                    f"this learner was made for regression: targets must be floating, (n, {self.shape.outputs}) for "
+                    f"each episode, and ways None; got {targets.dtype} {tuple(targets.shape)} and ways={ways}"
+                )
+            if targets.shape[2] != self.shape.outputs:
+                raise ValueError(f"made for {self.shape.outputs} output(s), and the targets have {targets.shape[2]}")
+            return None
+        if ways is None:
+            ways = int(targets.max()) + 1 if self.any_ways and targets.numel() else self.shape.ways
+        if ways != self.shape.ways and not self.any_ways:
+            raise ValueError(
+                f"this {self.config.kind} was made for {self.shape.ways} ways, and the episodes have {ways}: build "
+                f"it with ways={ways}"
+            )
+        check_labels("support", targets, ways)
+        present = F.one_hot(targets, ways).any(1)
+        if not bool(present.all()):
+            raise ValueError(
+                f"of {ways} classes, {(~present).any(0).nonzero().flatten().tolist()} have no support example in some "
+                "episode: every class needs at least one"
+            )
+        return ways
+
+    def _sizes(self, episodes: int, device: torch.device) -> list[int]:
+        """How many episodes go through the network together, turn by turn."""
+        size = self.config.episodes_at_once
+        if size is None:
+            convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in self.modules())
+            size = 1 if convolutions and device.type == "cpu" else episodes
+        return [min(size, episodes - start) for start in range(0, episodes, size)]
+
+
+class _Differentiated(torch.autograd.Function):
+    """A number whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if gradient is None else gradient * grad for gradient in ctx.gradients)
+
+
+def episode_losses(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of each episode, ``(E,)``: cross-entropy with labels ``(E, n)``, else the mean squared error.
+
+    Args:
+        predictions: ``(E, n, outputs)``.
+        targets: ``(E, n)`` int64, or as ``predictions``.
+    """
+    if targets.is_floating_point():
+        return (predictions - targets).square().flatten(1).mean(1)
+    losses = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(1)
+
+
+def feature_size(backbone: nn.Module, example_shape: tuple[int, ...]) -> int:
+    """How many features a backbone makes of one example.
+
+    Raises:
+        ValueError: it does not take such examples.
+    """
+    like = next(backbone.parameters(), torch.empty(0))
+    training = backbone.training
+    try:
+        with torch.no_grad():
+            features = backbone.eval()(torch.zeros(2, *example_shape, dtype=like.dtype, device=like.device))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the backbone does not take examples of shape {example_shape}: {error}") from error
+    finally:
+        backbone.train(training)
+    if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != 2:
+        raise ValueError("a backbone must return one tensor (n, ...), features of each example")
+    return math.prod(features.shape[1:])

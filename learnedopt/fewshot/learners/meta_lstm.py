@@ -1,0 +1,101 @@
+"""The meta-LSTM as the method for few-shot learning that it was made to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from learnedopt.fewshot.learner import LearnerShape
+from learnedopt.fewshot.learners.inner_loop import InnerLoopConfig, InnerLoopLearner, Params, Record, flatten, unflatten
+from learnedopt.kernels import extension
+from learnedopt.kernels.training import fused
+from learnedopt.rules import MetaLSTMConfig, MetaLSTMRule, Segments
+
+PUBLISHED = MetaLSTMConfig()
+
+
+@dataclass(frozen=True)
+class MetaLSTMLearnerConfig(InnerLoopConfig):
+    """Settings of :class:`MetaLSTMLearner`; the defaults are the paper's for 1-shot.
+
+    5-shot: ``steps=5`` in the paper, 8 in the authors' code. Evaluation takes as many updates as training: the LSTM has
+    seen no others.
+    """
+
+    kind: ClassVar[str] = "meta_lstm"
+    steps: int = 12
+    first_order: bool = True
+    """Treat the gradients and losses that the LSTM reads as constants, as published; otherwise their derivatives count
+    too (Huisman et al. 2022, arXiv:2104.10527)."""
+    rule: MetaLSTMConfig = PUBLISHED
+    """The LSTM. Its ``learner_shapes`` must be empty: the network's parameters are the learned initialization."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule.learner_shapes:
+            raise ValueError("leave learner_shapes of the rule empty: the network's own shapes are used")
+
+    def make(self, backbone: nn.Module, shape: LearnerShape) -> MetaLSTMLearner:
+        return MetaLSTMLearner(self, backbone, shape)
+
+
+class MetaLSTMLearner(InnerLoopLearner):
+    r"""An LSTM, learned together with the initialization, makes the updates.
+
+    The updates are those of :class:`~learnedopt.rules.MetaLSTMRule`, the very object that
+    :class:`~learnedopt.optim.MetaLSTMOptimizer` runs, fed with the gradient and the loss of the whole support set; its
+    cell's initial state :math:`c_0` is the network's initial parameters. :meth:`export_rule` gives it to the zoo.
+
+    The paper averages the statistics of batch normalization over the updates of an episode, with so large a momentum
+    that hardly more than the last support pass remains; ``normalization="support"`` takes those of the support set
+    under the final parameters.
+
+    Source: Ravi & Larochelle, "Optimization as a model for few-shot learning", ICLR 2017, sections 3 and 4.
+
+    >>> from learnedopt.fewshot.learner import LearnerShape
+    >>> from learnedopt.fewshot.backbones import MLP
+    >>> learner = MetaLSTMLearnerConfig(steps=2).build(MLP((4,)), LearnerShape((3,), ways=2))
+    >>> learner.fit(torch.eye(2, 3), torch.arange(2)).predict(torch.eye(3)).shape
+    torch.Size([3, 2])
+    """
+
+    config: MetaLSTMLearnerConfig
+
+    def __init__(self, config: MetaLSTMLearnerConfig, backbone: nn.Module, shape: LearnerShape) -> None:
+        super().__init__(config, backbone, shape)
+        self.rule = MetaLSTMRule(config.rule)
+
+    def trajectory(self, x: Tensor, y: Tensor, ways: int | None, record: Record | None = None) -> Iterator[Params]:
+        second_order = self.differentiable and not self.config.first_order
+        support = self.support(x, record, second_order)
+        params = self.initial(len(x), ways)
+        theta = flatten(params)
+        segments = Segments([value[0].numel() for value in params.values()], copies=len(x))
+        state = self.rule.init_state(segments, theta.dtype, theta.device)
+        on_cpu = theta.device.type == "cpu"
+        rule = fused(self.rule) if on_cpu and extension.why_unavailable() is None else self.rule
+        for step in range(self.steps):
+            loss, grads = self.loss_and_grad(params, step, support, y, ways, second_order, record)
+            with torch.set_grad_enabled(self.differentiable):
+                delta, state = rule.update(theta.flatten(), flatten(grads).flatten(), state, segments, loss)
+                theta = theta + delta.view_as(theta)
+                params = unflatten(theta, params)
+            yield params
+
+    def export_rule(self) -> MetaLSTMRule:
+        """The rule with its learned initialization, a copy: what :func:`learnedopt.zoo.save_rule` writes.
+
+        Parameters that are not adapted are not in it.
+        """
+        own = dict(self.model.named_parameters())
+        start = [own[name].detach() for name in self.adapted_names]
+        rule = MetaLSTMRule(replace(self.config.rule, learner_shapes=tuple(tuple(value.shape) for value in start)))
+        rule = rule.to(start[0])
+        rule.load_state_dict(
+            {**self.rule.state_dict(), "c0": torch.cat([value.flatten() for value in start])}, assign=False
+        )
+        return rule

@@ -1,0 +1,148 @@
+"""Batch normalization that says whose statistics it uses, and changes nothing on the way.
+
+In an episode the question is what a query may be normalized with. There are three answers
+(:data:`Normalization`), and a method's figures can depend on which was given:
+
+* ``"transductive"``: the statistics of all queries that are predicted together, and of the support set where it passes
+  through the network with them. The prediction of one query then depends on the others.
+* ``"support"``: the statistics of the support set.
+* ``"running"``: averages over meta-training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Normalization = Literal["transductive", "support", "running"]
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
+
+Statistics = dict["EpisodicBatchNorm", tuple[Tensor, Tensor]]
+"""Mean and unbiased variance that each batch normalization has used."""
+
+
+@dataclass(frozen=True)
+class _Scope:
+    rows: int | None
+    running: bool
+    record: Statistics | None
+
+
+_SCOPE: ContextVar[_Scope | None] = ContextVar("_SCOPE", default=None)
+
+
+@contextmanager
+def statistics(
+    rows: int | None = None,
+    *,
+    running: bool = False,
+    record: Statistics | None = None,
+) -> Iterator[None]:
+    """Within, :class:`EpisodicBatchNorm` uses the statistics of the first ``rows`` examples, by default of all.
+
+    Args:
+        rows: How many examples, counted from the first, the statistics are taken over.
+        running: Use the running averages instead.
+        record: Receives the mean and the unbiased variance that each module has used, as constants.
+    """
+    token = _SCOPE.set(_Scope(rows, running, record))
+    try:
+        yield
+    finally:
+        _SCOPE.reset(token)
+
+
+class EpisodicBatchNorm(_BatchNorm):
+    """``nn.BatchNorm1d``, ``2d`` or ``3d`` that within :func:`statistics` leaves its running averages alone.
+
+    Outside it is the module that it replaces. Inside, gradients flow through whatever statistics were taken over
+    examples, and the forward pass has no side effect, so that it may run inside ``torch.func`` transforms.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        scope = _SCOPE.get()
+        if scope is None:
+            return super().forward(x)
+        if scope.running:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        if scope.rows is None or scope.rows >= len(x):
+            if scope.record is None:
+                return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            # With a momentum of one, what torch puts into the running averages is this batch's statistics.
+            mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+            scope.record[self] = (mean, variance)
+            return F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+        used = x[: scope.rows]
+        variance, mean = torch.var_mean(used, [axis for axis in range(x.ndim) if axis != 1], correction=0)
+        if scope.record is not None:
+            count = used.numel() // used.shape[1]
+            scope.record[self] = (mean.detach(), variance.detach() * count / max(count - 1, 1))
+        shape = (-1, *[1] * (x.ndim - 2))
+        scale = torch.rsqrt(variance + self.eps)
+        if self.weight is None:
+            return (x - mean.view(shape)) * scale.view(shape)
+        return torch.addcmul(self.bias.view(shape), x - mean.view(shape), (scale * self.weight).view(shape))
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"batch normalization needs (n, channels, ...), got {tuple(input.shape)}")
+
+    def track(self, mean: Tensor, variance: Tensor, row: int | None = None) -> None:
+        """Move the running averages as ``nn.BatchNorm2d`` does in training, if there are any.
+
+        Args:
+            mean, variance: Statistics ``(channels,)``.
+            row: Which averages, where there is a table of several.
+        """
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        for average, value in ((self.running_mean, mean), (self.running_var, variance)):
+            (average if row is None else average[row]).lerp_(value, momentum)
+
+
+def episodic(module: nn.Module, track: bool) -> nn.Module:
+    """``module`` with every batch normalization replaced by :class:`EpisodicBatchNorm`, on the same parameters.
+
+    Args:
+        module: Changed in place, unless it is itself a batch normalization.
+        track: Whether there shall be running averages.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+
+    def visit(module: nn.Module) -> nn.Module:
+        if module not in replaced:
+            old = isinstance(module, _BatchNorm) and not isinstance(module, EpisodicBatchNorm)
+            replaced[module] = _replacement(module, track) if old else module
+            # Not named_children, which leaves out a module's second place.
+            for name, child in module._modules.items():
+                if child is not None:
+                    module.add_module(name, visit(child))
+        return replaced[module]
+
+    return visit(module)
+
+
+def _replacement(module: _BatchNorm, track: bool) -> EpisodicBatchNorm:
+    found = EpisodicBatchNorm(module.num_features, module.eps, module.momentum, False, track)
+    found.weight, found.bias, found.affine = module.weight, module.bias, module.affine
+    if module.weight is not None:
+        found.to(module.weight)
+    if track and module.running_mean is not None:
+        found.running_mean, found.running_var = module.running_mean, module.running_var
+        found.num_batches_tracked = module.num_batches_tracked
+    return found.train(module.training)
+
+
+def batch_norms(module: nn.Module) -> dict[str, EpisodicBatchNorm]:
+    """The batch normalizations in a module by name."""
+    return {name: found for name, found in module.named_modules() if isinstance(found, EpisodicBatchNorm)}

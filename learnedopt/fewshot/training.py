@@ -1,0 +1,392 @@
+"""Training a learner on episodes: recipes, and runs of them that can be interrupted and trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from learnedopt.fewshot.backbones import BackboneConfig
+from learnedopt.fewshot.datasets import load_classes
+from learnedopt.fewshot.entries import LearnerEntry, save_learner
+from learnedopt.fewshot.episodes import EpisodeSource, FewShotTask, Sinusoid, TrainingSource
+from learnedopt.fewshot.evaluate import evaluate
+from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
+from learnedopt.meta.recipe import (
+    hardware,
+    load_file,
+    read_checkpoint,
+    source_commit,
+    truncate_log,
+    write_checkpoint,
+)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class EpisodeShape:
+    """How large episodes are; for regression ``ways`` counts for nothing."""
+
+    ways: int = 5
+    shots: int = 1
+    queries: int = 15
+    """Of each class."""
+
+
+@dataclass(frozen=True)
+class FewShotTrainConfig:
+    """How a learner is trained. One *step* is one update by the outer optimizer."""
+
+    steps: int
+    episodes_per_step: int = 1
+    """Episodes whose losses are averaged for a step (the *meta-batch*)."""
+    learning_rate: float = 1e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate stays, or falls to zero at the last step."""
+    halve_every: int | None = None
+    """Halve the learning rate after every so many steps, besides the schedule (Snell et al. 2017: 2000)."""
+    clip_value: float | None = None
+    """Cut every element of the gradient to at most this size (Finn et al. 2017, code: 10 on mini-ImageNet)."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; longer ones are scaled down."""
+    validate_every: int = 500
+    validation_episodes: int = 100
+    """Frozen episodes of the validation classes that decide which weights are kept."""
+    checkpoint_every: int = 100
+    max_skipped: int = 100
+    """Steps whose gradient is not finite are skipped; more than this many stop the run."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "episodes_per_step", "validate_every", "validation_episodes", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.optimizer not in ("adam", "sgd") or self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(
+                f"optimizer must be adam or sgd and schedule constant, linear or cosine, got {self.optimizer!r} and "
+                f"{self.schedule!r}"
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The outer learning rate of a step, counted from 0."""
+        share = step / self.steps
+        falling = {"constant": 1.0, "linear": 1.0 - share, "cosine": 0.5 * (1.0 + math.cos(math.pi * share))}
+        halvings = 0 if self.halve_every is None else step // self.halve_every
+        return self.learning_rate * falling[self.schedule] * 0.5**halvings
+
+
+@dataclass(frozen=True)
+class FewShotRecipe:
+    """How one trained learner is made."""
+
+    name: str
+    description: str
+    """One line: what it is."""
+    data: str
+    """A name in :data:`~learnedopt.fewshot.DATASETS`, or ``sinusoid``."""
+    learner: LearnerConfig
+    backbone: BackboneConfig
+    train: EpisodeShape
+    """Episodes that it is trained on."""
+    test: EpisodeShape
+    """Episodes that it is validated on, and made for."""
+    training: FewShotTrainConfig
+
+
+def load_recipes(source: str | os.PathLike[str] = "meta_training/fewshot") -> dict[str, FewShotRecipe]:
+    """The recipes in ``RECIPES`` of a Python file, or of all files of a folder, by name.
+
+    Raises:
+        FileNotFoundError: there is no such file, or none in the folder.
+        ValueError: a file defines no list of recipes, or two have one name.
+    """
+    path = Path(source)
+    files = [path] if path.suffix == ".py" else sorted(path.glob("[a-z]*.py"))
+    if not files or not all(file.is_file() for file in files):
+        raise FileNotFoundError(
+            f"no recipes in {path}: give a Python file that defines RECIPES, or run from a checkout, where "
+            "meta_training/fewshot/ has them"
+        )
+    found: dict[str, FewShotRecipe] = {}
+    for file in files:
+        recipes = getattr(load_file(file), "RECIPES", None)
+        if not isinstance(recipes, list) or not all(isinstance(recipe, FewShotRecipe) for recipe in recipes):
+            raise ValueError(f"{file} must define RECIPES, a list of FewShotRecipe")
+        for recipe in recipes:
+            if recipe.name in found:
+                raise ValueError(f"two recipes have the name {recipe.name!r}")
+            found[recipe.name] = recipe
+    return found
+
+
+def load_fewshot_recipe(name: str) -> FewShotRecipe:
+    """A recipe of ``meta_training/fewshot`` by name, or of another file as ``FILE.py:NAME``.
+
+    Raises:
+        ValueError: there is no such recipe; the message lists those there are. And as :func:`load_recipes`.
+    """
+    file, _, short = name.rpartition(":")
+    recipes = load_recipes(file) if file else load_recipes()
+    if short not in recipes:
+        raise ValueError(f"no recipe {short!r}; there are {', '.join(recipes)}")
+    return recipes[short]
+
+
+def episode_source(
+    data: str, shape: EpisodeShape, part: Literal["train", "validation", "test"], root: Path | None = None
+) -> EpisodeSource:
+    """Episodes of one part of a data set, ready to be drawn.
+
+    Raises as :func:`load_classes` and :class:`FewShotTask`. Sine waves are the same in all parts.
+    """
+    if data == "sinusoid":
+        return Sinusoid(shape.shots, shape.queries)
+    return FewShotTask(load_classes(data, part, root), shape.ways, shape.shots, shape.queries)
+
+
+class FewShotRun:
+    """A recipe being run in a folder: ``config.json``, ``log.jsonl``, ``checkpoint.pt``.
+
+    A folder that holds a checkpoint is continued from it; the outcome is bit for bit that of a run without
+    interruption (on the same machine and number of threads).
+
+    Args:
+        recipe: What to run.
+        folder: Where; created if need be.
+        root: Folder of downloaded data.
+        device: Where to train.
+
+    Raises:
+        ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        recipe: FewShotRecipe,
+        folder: str | os.PathLike[str],
+        root: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.recipe = recipe
+        self.folder = Path(folder)
+        config = recipe.training
+        source = episode_source(recipe.data, recipe.train, "train", root)
+        self._device = torch.device(device)
+        self.source = TrainingSource(source, config.episodes_per_step, self._device)
+        validation = episode_source(recipe.data, recipe.test, "validation", root)
+        self._validation = validation.frozen(config.validation_episodes)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.learner = self._built(self.generator)
+        optimizers: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+        make: Any = optimizers[config.optimizer]
+        self.optimizer: torch.optim.Optimizer = make(self.learner.parameters(), lr=config.learning_rate)
+        self.step = 0
+        self.skipped = 0
+        self.seconds = 0.0
+        self.best_score = -math.inf
+        self.best_step = 0
+        self.best_weights = self._weights()
+        self.commit = source_commit()
+        self._checkpoint = self.folder / "checkpoint.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._checkpoint.exists():
+            self._resume()
+        settings = {"commit": self.commit, "device": str(device), **self._settings()}
+        (self.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.recipe.training.steps
+
+    def run(self, time_limit: float = math.inf, stop: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any]]:
+        """Train on, yielding one record per step, each also a line of ``log.jsonl``.
+
+        A record holds ``step``, ``loss``, ``seconds`` (of training so far, over all sittings), and after a validation
+        ``validation`` (mean accuracy, or minus the median squared error) and ``best``. A checkpoint is written every
+        ``checkpoint_every`` steps and at the end, also when the caller stops early (closes the generator).
+
+        Args:
+            time_limit: Stop cleanly after the step during which this many seconds have passed.
+            stop: Asked once in every step; stop cleanly where it says so.
+
+        Raises:
+            TrainingError: more than ``max_skipped`` steps had a gradient that is not finite.
+        """
+        config = self.recipe.training
+        truncate_log(self.folder / "log.jsonl", self.step)
+        started, before = time.perf_counter(), self.seconds
+        with (self.folder / "log.jsonl").open("a") as log:
+            try:
+                while not (self.finished or stop() or time.perf_counter() - started > time_limit):
+                    record: dict[str, Any] = {"step": self.step + 1, "loss": self._step()}
+                    if self.step % config.validate_every == 0 or self.finished:
+                        record |= self._validate()
+                    self.seconds = before + time.perf_counter() - started
+                    record["seconds"] = round(self.seconds, 3)
+                    log.write(json.dumps(record) + "\n")
+                    if self.step % config.checkpoint_every == 0:
+                        log.flush()
+                        self.save()
+                    yield record
+            except GeneratorExit:
+                log.flush()
+                self.save()
+                raise
+            log.flush()
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint; the old one stays in place until the new one is whole."""
+        content = {
+            "settings": self._settings(),
+            "commit": self.commit,
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            **{name: getattr(self, name) for name in _COUNTERS},
+        }
+        write_checkpoint(self._checkpoint, content)
+
+    def best_learner(self) -> Learner:
+        """The learner with the weights of the best validation so far, in evaluation mode.
+
+        Settings that the method leaves to validation (:meth:`Learner.choose_settings`) are chosen on the validation
+        episodes.
+        """
+        learner = self._built(torch.Generator().manual_seed(0)).eval()
+        learner.load_state_dict(self.best_weights)
+        learner.choose_settings(self._validation)
+        return learner
+
+    def export(self, folder: str | os.PathLike[str]) -> LearnerEntry:
+        """Write the best learner so far as an entry of the zoo; an existing card is kept.
+
+        Args:
+            folder: The folder of all entries; the entry is the recipe's name in it.
+
+        Raises:
+            ValueError: there has been no validation yet.
+        """
+        recipe = self.recipe
+        if not self.best_step:
+            raise ValueError(
+                f"there is no learner to export: no validation in the {self.step} step(s) so far, and there is one "
+                f"every {recipe.training.validate_every}"
+            )
+        card = Path(folder) / recipe.name / "card.md"
+        return save_learner(
+            self.best_learner(),
+            Path(folder) / recipe.name,
+            name=recipe.name,
+            description=recipe.description,
+            backbone=recipe.backbone,
+            card=card.read_text() if card.exists() else f"# {recipe.name}\n\n{recipe.description}\n",
+            training={
+                "data": recipe.data,
+                "train": asdict(recipe.train),
+                "test": asdict(recipe.test),
+                "settings": asdict(recipe.training),
+                "commit": self.commit,
+                "steps": self.step,
+                "best_step": self.best_step,
+                "best_validation": self.best_score,
+                "seconds": round(self.seconds),
+                "hardware": hardware(self._device),
+                "torch": str(torch.__version__),
+            },
+        )
+
+    def _built(self, generator: torch.Generator) -> Learner:
+        source, recipe = self.source.source, self.recipe
+        ways = None if source.ways is None else recipe.test.ways
+        shape = LearnerShape(source.example_shape, ways, source.num_classes)
+        return recipe.learner.build(recipe.backbone, shape, generator).to(self._device)
+
+    def _step(self) -> float:
+        config = self.recipe.training
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step)
+        self.learner.train()
+        self.learner.set_progress(self.step / config.steps)
+        self.optimizer.zero_grad()
+        loss = self.learner.training_step(self.source, self.generator)
+        if loss.requires_grad:
+            loss.backward()
+        parameters = [p for p in self.learner.parameters() if p.grad is not None]
+        if config.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, config.clip_value)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        else:
+            self._skip()
+        self.step += 1
+        return loss.item()
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        if self.skipped > self.recipe.training.max_skipped:
+            raise TrainingError(
+                f"{self.skipped} steps had a gradient that is not finite, the last at step {self.step}; lower the "
+                "learning rates, or clip the gradient"
+            )
+
+    def _validate(self) -> dict[str, float]:
+        """Remember the weights if they are the best so far."""
+        result = evaluate(self.learner, self._validation)
+        # A few diverged regressions own the mean, and would make the choice by chance.
+        score = result.mean if result.metric == "accuracy" else -result.median
+        if score > self.best_score:
+            self.best_score, self.best_step, self.best_weights = score, self.step, self._weights()
+        return {"validation": score, "best": self.best_score}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.learner.state_dict().items()}
+
+    def _settings(self) -> dict[str, Any]:
+        """What must agree for a run to be continued, as JSON types."""
+        recipe = self.recipe
+        values = {
+            "recipe": recipe.name,
+            "data": recipe.data,
+            "learner": recipe.learner.to_dict(),
+            "backbone": recipe.backbone.to_dict(),
+            "train": asdict(recipe.train),
+            "test": asdict(recipe.test),
+            "training": asdict(recipe.training),
+        }
+        found: dict[str, Any] = json.loads(json.dumps(values))
+        return found
+
+    def _resume(self) -> None:
+        saved = read_checkpoint(self._checkpoint, ("settings", "learner", *_COUNTERS))
+        ours = self._settings()
+        if different := sorted(name for name in ours if saved["settings"].get(name) != ours[name]):
+            raise ValueError(
+                f"{self.folder} holds a run with other settings ({', '.join(different)}): continue it with the same, "
+                "or choose another folder"
+            )
+        self.learner.load_state_dict(saved["learner"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"])
+        self.commit = saved["commit"]
+        for name in _COUNTERS:
+            setattr(self, name, saved[name])
+
+
+_COUNTERS = ("step", "skipped", "seconds", "best_score", "best_step", "best_weights")

@@ -1,0 +1,99 @@
+"""What ``docs/fewshot.md`` and the benchmark say holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.fewshot import OMNIGLOT, SETTINGS, SINUSOID, omniglot_table, on_features, sinusoid_table, summary
+from learnedopt.fewshot import (
+    DATASETS,
+    LEARNERS,
+    ClassSet,
+    Conv4,
+    Evaluation,
+    FewShotTask,
+    LearnerShape,
+    evaluate,
+    load_recipes,
+    load_split,
+)
+from learnedopt.fewshot.datasets import PARTS, split_names
+from learnedopt.fewshot.learners import MAMLConfig, MatchingConfig, ProtoNetConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "fewshot.md").read_text()
+
+
+def test_the_example_of_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(block, {})
+    assert re.fullmatch(r"[\d.]+ ± [\d.]+ %\n", capsys.readouterr().out)
+
+
+def test_the_guide_names_every_method_and_data_set() -> None:
+    assert [name for name in (*LEARNERS, *DATASETS) if f"`{name}`" not in TEXT] == []
+
+
+@pytest.mark.parametrize("name", split_names())
+def test_the_guide_knows_how_large_splits_are(name: str) -> None:
+    sizes = " / ".join(str(len(load_split(name).class_names(part))) for part in PARTS)
+    assert f"| `{name}` | {sizes}" in TEXT
+
+
+def test_every_row_of_the_benchmark_has_its_recipe_and_figures() -> None:
+    recipes = load_recipes(ROOT / "meta_training" / "fewshot")
+    for row in OMNIGLOT:
+        assert len(row.published) == len(row.reproduced) == len(row.targets) == len(SETTINGS)
+        for ways, shots in row.recipes:
+            recipe = recipes[row.recipes[ways, shots]]
+            assert recipe.test.ways == ways or recipe.learner.build(recipe.backbone, _shape(ways)).any_ways
+    assert {name for _, name in SINUSOID} <= recipes.keys()
+    assert len({row.label for row in OMNIGLOT}) == len(OMNIGLOT)
+
+
+def _shape(ways: int) -> LearnerShape:
+    return LearnerShape((1, 28, 28), ways, num_classes=5)
+
+
+def test_tables_hold_what_was_measured_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    accuracy = summary(Evaluation("accuracy", (0.96, 0.98), 0, transductive=True))
+    error = summary(Evaluation("mse", (1.0, float("inf")), 1, transductive=False))
+    run = {"step": 7, "steps": 9, "seconds": 3}
+    maml = {"label": "MAML, transductive", "setting": "5-way 1-shot", "recipe": "omniglot-maml-5way-1shot"}
+    sine = {"label": "MAML", "setting": "5-shot, 1 step(s)", "recipe": "sinusoid-maml"}
+    results = {
+        "command": "this",
+        "torch": "2",
+        "entries": {
+            "a": {**maml, **run, **accuracy},
+            "b": {**maml, **run, **accuracy, "mean": 0.99},
+            "c": {**sine, **run, **error},
+        },
+    }
+    table = omniglot_table(results)
+    assert "| MAML, transductive | 5-way 1-shot | 98.00 ± 1.96, sd 1.41 (2 seeds) | 0.10 | yes | 98.7 ± 0.4 |" in table
+    assert "| MAML, transductive | 5-way 5-shot | not trained yet |" in table and " omniglot-maml-5way-5shot " in table
+    assert "| MAML | 5-shot, 1 step(s) | not finite | not finite | 1 | 2 | 7 of 9 |" in sinusoid_table(results)
+
+
+@pytest.mark.parametrize("config", [ProtoNetConfig(), MatchingConfig(full_context=True)])
+def test_features_taken_once_give_the_same_accuracies(config: ProtoNetConfig | MatchingConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (60, 1, 16, 16), generator=generator, dtype=torch.uint8)
+    classes = ClassSet("noise/test", tuple(map(str, range(6))), images, (10,) * 6)
+    learner = config.build(Conv4(width=4), LearnerShape((1, 16, 16), 3), generator)
+    bare, features = on_features(learner, classes)
+    assert features.images.ndim == 2
+    results = [
+        evaluate(one, FewShotTask(some, 3, 1, 5).frozen(20)) for one, some in ((learner, classes), (bare, features))
+    ]
+    assert results[0].values == results[1].values
+    assert learner.fit(torch.rand(3, 1, 16, 16), torch.arange(3)), "the learner itself is as it was"
+    for other in (MAMLConfig().build(Conv4(width=4), learner.shape), learner.with_config(normalization="support")):
+        assert on_features(other, classes) == (other, classes)

@@ -1,0 +1,331 @@
+"""What holds for every learner."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from learnedopt.fewshot.backbones import Conv4
+from learnedopt.fewshot.episodes import ClassSet, Episodes, FewShotTask, Sinusoid, TrainingSource
+from learnedopt.fewshot.evaluate import evaluate
+from learnedopt.fewshot.learner import LearnerShape
+from learnedopt.fewshot.learners import LEARNERS
+from learnedopt.fewshot.normalization import batch_norms
+from tests.fewshot.support import (
+    CLASSES,
+    EXAMPLE,
+    WAYS,
+    backbone,
+    episodes,
+    equal_outputs,
+    generator,
+    make,
+    meta_gradient,
+)
+
+KINDS = sorted(LEARNERS)
+MODES = ("transductive", "support", "running")
+INNER_LOOP = ("anil", "finetune", "maml", "maml_pp", "meta_lstm", "meta_sgd", "reptile")
+PRETRAINED = ("finetune", "nearest_neighbour")
+EPISODIC = sorted({*KINDS} - {*PRETRAINED})
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *[(kind, {}) for kind in KINDS],
+    ("maml", {"first_order": True, "steps": 3}),
+    ("matching", {"full_context": True}),
+    ("matching", {"learned_scale": True, "scale": 4.0}),
+    ("maml_pp", {"learned_rates": False, "per_step_norm_weights": False, "per_step_norm_statistics": False}),
+    ("meta_lstm", {"first_order": False, "steps": 3}),
+    ("finetune", {"adapted": "head"}),
+]
+
+
+@pytest.fixture(scope="module")
+def task() -> FewShotTask:
+    draws = generator()
+    images = torch.rand(CLASSES, 1, *EXAMPLE, generator=draws) + torch.rand(CLASSES, 6, *EXAMPLE, generator=draws)
+    names = tuple(f"class {number}" for number in range(CLASSES))
+    return FewShotTask(ClassSet("toy/train", names, images.flatten(0, 1), (6,) * CLASSES), WAYS, 2, 3)
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_learner_can_be_trained_and_evaluated(
+    kind: str, settings: dict[str, Any], mode: str, task: FewShotTask
+) -> None:
+    learner = make(kind, normalization=mode, **settings).float()
+    before = [weight.clone() for weight in learner.parameters()]
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+    loss = learner.training_step(TrainingSource(task, 2), generator(3))
+    assert loss.shape == ()
+    loss.backward()
+    optimizer.step()
+    after = list(learner.parameters())
+    assert all(weight.isfinite().all() for weight in after)
+    moved = [not torch.equal(old, new) for old, new in zip(before, after)]
+    assert sum(moved) >= 2
+    result = evaluate(learner, task.frozen(5))
+    assert result.n == 5
+    assert 0 <= result.mean <= 1
+    assert result.transductive == learner.transductive == (mode == "transductive")
+
+
+@pytest.mark.parametrize("kind", INNER_LOOP)
+def test_inner_loops_do_regression(kind: str) -> None:
+    learner = LEARNERS[kind](episodes_at_once=2).build(nn.Linear(1, 4), LearnerShape((1,), None), generator())
+    source = Sinusoid(shots=5, queries=3)
+    learner.training_step(TrainingSource(source, 3), generator()).backward()
+    assert any(weight.grad is not None and weight.grad.any() for weight in learner.parameters())
+    result = evaluate(learner, source.frozen(4))
+    assert (result.metric, result.n, result.transductive) == ("mse", 4, False)
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {*INNER_LOOP}))
+def test_comparing_features_is_for_classes(kind: str) -> None:
+    with pytest.raises(ValueError, match="cannot do regression"):
+        LEARNERS[kind]().build(nn.Linear(1, 4), LearnerShape((1,), None))
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("training", [True, False])
+def test_fitting_changes_nothing(kind: str, settings: dict[str, Any], mode: str, training: bool) -> None:
+    learner = make(kind, normalization=mode, **settings).train(training)
+    state = {name: value.clone() for name, value in learner.state_dict().items()}
+    random_state = torch.get_rng_state()
+    some = episodes()
+    learner.fit(some.support_x, some.support_y).predict(some.query_x)
+    assert state.keys() == learner.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in learner.state_dict().items())
+    assert all(weight.grad is None for weight in learner.parameters())
+    assert learner.training == training
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_renaming_the_classes_renames_the_predictions(kind: str, settings: dict[str, Any], mode: str) -> None:
+    """Where all classes start alike: nothing but the support labels says which is which."""
+    learner = make(kind, normalization=mode, **settings).eval()
+    equal_outputs(learner)
+    some, names = episodes(), torch.tensor([2, 0, 1])
+    plain = learner.fit(some.support_x, some.support_y).predict(some.query_x)
+    renamed = learner.fit(some.support_x, names[some.support_y]).predict(some.query_x)
+    assert plain.std(-1).min() > 0
+    torch.testing.assert_close(renamed[..., names], plain)
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_query_sees_the_others_only_where_that_is_declared(kind: str, settings: dict[str, Any], mode: str) -> None:
+    learner = make(kind, normalization=mode, **settings).eval()
+    some = episodes()
+    adapted = learner.fit(some.support_x, some.support_y)
+    clean = adapted.predict(some.query_x)
+    poisoned_x = some.query_x.clone()
+    poisoned_x[:, 0] = 1e3
+    poisoned = adapted.predict(poisoned_x)
+    same = torch.allclose(poisoned[:, 1:], clean[:, 1:], rtol=1e-10, atol=1e-10)
+    assert same == (not learner.transductive)
+    assert torch.equal(adapted.predict(some.query_x), clean)
+
+
+def test_without_batch_normalization_nothing_is_transductive() -> None:
+    learner = make("maml", batch_norm=False, normalization="transductive").eval()
+    assert not learner.transductive
+    some = episodes()
+    adapted = learner.fit(some.support_x, some.support_y)
+    torch.testing.assert_close(adapted.predict(some.query_x[:, :1]), adapted.predict(some.query_x)[:, :1])
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("training", [True, False])
+def test_episodes_together_are_as_one_by_one(kind: str, settings: dict[str, Any], mode: str, training: bool) -> None:
+    learner = make(kind, normalization=mode, **settings).train(training)
+    some = episodes()
+    together = learner.fit(some.support_x, some.support_y).predict(some.query_x)
+    for number in range(3):
+        alone = learner.fit(some.support_x[number], some.support_y[number]).predict(some.query_x[number])
+        torch.testing.assert_close(together[number], alone)
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_fast_way_and_the_loop_agree(kind: str, settings: dict[str, Any], mode: str) -> None:
+    some, found = episodes(), []
+    for at_once in (1, 2, 3):
+        learner = make(kind, normalization=mode, episodes_at_once=at_once, **settings)
+        loss = learner.meta_loss(some)
+        gradient = meta_gradient(learner, some) if loss.requires_grad else torch.zeros(())
+        found.append((loss.detach(), gradient, learner.state_dict()))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_convolutions_run_one_by_one_on_the_cpu_and_nothing_else_does() -> None:
+    """The rule that :attr:`LearnerConfig.episodes_at_once` states, seen in how episodes are grouped."""
+    image = torch.rand(3, 2, 1, 16, 16)
+    learner = LEARNERS["maml"]().build(Conv4(2), LearnerShape((1, 16, 16), 2), generator())
+    assert learner.fit(image, torch.tensor([0, 1]).expand(3, 2)).sizes == [1, 1, 1]
+    some = episodes()
+    assert make("maml").fit(some.support_x, some.support_y).sizes == [3]
+
+
+def test_the_meta_loss_scales_and_is_constant_without_gradients() -> None:
+    some = episodes()
+    learner = make("maml", episodes_at_once=1)
+    gradient = meta_gradient(learner, some)
+    learner.zero_grad()
+    (3 * learner.meta_loss(some)).backward()
+    grads = [weight.grad for weight in learner.parameters() if weight.grad is not None]
+    torch.testing.assert_close(torch.cat([grad.flatten() for grad in grads]), 3 * gradient)
+    with torch.no_grad():
+        constant = learner.meta_loss(some)
+    assert not constant.requires_grad
+    torch.testing.assert_close(constant, learner.meta_loss(some).detach())
+
+
+@pytest.mark.parametrize("kind", EPISODIC)
+def test_training_moves_running_averages_once_for_every_pass(kind: str) -> None:
+    learner = make(kind, normalization="running")
+    (norm,) = batch_norms(learner).values()
+    assert norm.running_mean is not None and norm.num_batches_tracked is not None
+    before = norm.running_mean.clone()
+    learner.eval().meta_loss(episodes())
+    assert torch.equal(norm.running_mean, before)
+    learner.train().meta_loss(episodes())
+    assert not torch.equal(norm.running_mean, before)
+    assert norm.num_batches_tracked % 3 == 0
+
+
+def test_other_settings_for_the_same_weights() -> None:
+    learner = make("protonet", normalization="running")
+    other = learner.with_config(normalization="transductive")
+    assert (learner.transductive, other.transductive) == (False, True)
+    with torch.no_grad():
+        next(learner.parameters()).add_(1)
+    assert all(torch.equal(mine, its) for mine, its in zip(learner.parameters(), other.parameters()))
+    with pytest.raises(ValueError, match="keeps no running averages: build it with normalization='running'"):
+        make("maml").with_config(normalization="running")
+
+
+def test_the_backbone_handed_over_is_copied() -> None:
+    module = backbone()
+    learner = LEARNERS["maml"]().build(module, LearnerShape(EXAMPLE, WAYS), generator())
+    some = episodes()
+    learner.double().meta_loss(some).backward()
+    assert any(isinstance(child, nn.BatchNorm1d) for child in module.modules())
+    assert all(weight.grad is None for weight in module.parameters())
+    mine = dict(learner.named_parameters())
+    assert all(torch.equal(mine[f"model.backbone.{name}"], value) for name, value in module.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_come_from_the_generator(kind: str) -> None:
+    state = torch.get_rng_state()
+    shape = LearnerShape((1, 16, 16), WAYS, CLASSES)
+    one, same, other = (LEARNERS[kind]().build(Conv4(2), shape, generator(seed)).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_settings_survive_json(kind: str, settings: dict[str, Any]) -> None:
+    config = LEARNERS[kind](normalization="support", **settings)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert LEARNERS[kind].from_dict(values) == config
+    with pytest.raises(ValueError, match=r"unknown setting\(s\) \['depth'\]"):
+        LEARNERS[kind].from_dict({**values, "depth": 3})
+    with pytest.raises(ValueError, match="these are settings of kind 'other'"):
+        LEARNERS[kind].from_dict({**values, "kind": "other"})
+
+
+def test_progress_is_part_of_the_state() -> None:
+    learner, other = make("maml_pp"), make("maml_pp")
+    learner.set_progress(0.25)
+    other.load_state_dict(learner.state_dict())
+    assert float(other.progress) == 0.25
+    with pytest.raises(ValueError, match="a fraction from 0 to 1, got"):
+        learner.set_progress(1.5)
+
+
+SOME = episodes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("maml", (SOME.support_x, SOME.support_y + 1), "labels run from 1 to 3"),
+        ("maml", (SOME.support_x, SOME.support_y, 4), "made for 3 ways, and the episodes have 4: build it with ways=4"),
+        ("protonet", (SOME.support_x, SOME.support_y, 4), r"of 4 classes, \[3\] have no support example"),
+        ("protonet", (SOME.support_x, SOME.support_y.double()), "must be int64"),
+        ("maml", (SOME.support_x[..., :2], SOME.support_y), r"with examples of shape \(4,\), got \(3, 6, 2\)"),
+        ("maml", (SOME.support_x, SOME.support_y[:, :4]), "must agree in episodes and examples"),
+        ("maml", (SOME.support_x[:0], SOME.support_y[:0]), "holds no episodes"),
+        ("protonet", (SOME.support_x[:, :0], SOME.support_y[:, :0], 3), "the support set is empty"),
+    ],
+)
+def test_what_does_not_fit_is_refused(kind: str, arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(kind).fit(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (SOME.query_x[:2], "fitted to 3 episodes, and query_x holds 2"),
+        (SOME.query_x[..., :3], r"examples of shape \(4,\), got \(3, 6, 3\)"),
+        (SOME.query_x[:, :0], "query_x is empty"),
+    ],
+)
+def test_queries_that_do_not_fit_are_refused(query: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make("protonet").fit(SOME.support_x, SOME.support_y).predict(query)
+
+
+def test_regression_and_classification_are_not_mixed_up() -> None:
+    functions = episodes(ways=None)
+    with pytest.raises(ValueError, match="made for regression"):
+        make("maml", ways=None).meta_loss(SOME)
+    with pytest.raises(ValueError, match="must be int64"):
+        make("maml").fit(functions.support_x, functions.support_y)
+    with pytest.raises(ValueError, match=r"made for 1 output\(s\), and the targets have 2"):
+        make("maml", ways=None).fit(functions.support_x, functions.support_y.repeat(1, 1, 2))
+    x = SOME.support_x[..., :3]
+    with pytest.raises(ValueError, match=r"made for examples of shape \(4,\)"):
+        make("maml").meta_loss(Episodes(x, SOME.support_y, x, SOME.support_y, WAYS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normalization": "batch"}, "normalization must be one of"),
+        ({"episodes_at_once": 0}, "episodes_at_once must be at least 1"),
+        ({"steps": 0}, "steps must be positive"),
+        ({"test_steps": 0}, "test_steps must be positive"),
+        ({"adapted": "tail"}, "adapted must be one of"),
+        ({"inner_loss": "sum"}, "inner_loss must be one of"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive and finite"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LEARNERS["maml"](**settings)
+
+
+@pytest.mark.parametrize("kind", PRETRAINED)
+def test_pretraining_needs_the_number_of_classes(kind: str) -> None:
+    with pytest.raises(ValueError, match="give num_classes"):
+        LEARNERS[kind]().build(backbone(), LearnerShape(EXAMPLE, WAYS))
+
+
+def test_a_backbone_for_other_examples_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"does not take examples of shape \(3,\)"):
+        LEARNERS["maml"]().build(backbone(), LearnerShape((3,), WAYS))
+    with pytest.raises(ValueError, match="ways must be at least 2"):
+        LearnerShape((3,), ways=1)
