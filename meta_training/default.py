@@ -63,13 +63,14 @@ RECIPE = Recipe(
     ),
     rule=ScheduleFreeLSTMConfig(num_layers=0, nominal_step=0.02),
     training=SearchConfig(
-        updates=14,
-        # Four of the read-out's weights. With all of them, settings that are fast on most tasks fail on some.
+        updates=4,
+        # The start, steps that fall as t^-0.2, was found by hand: a dozen schedules on other tasks of these families.
+        # Few weights, and few generations: with those of the tensor features, settings that are fast on most tasks fail
+        # on some of the tasks for selection.
         coordinates=(
-            ("readout.bias[0]", 0.0, 0.4),  # log step size
-            ("readout.weight[0,9]", 0.0, 0.6),  # ... with time
-            ("readout.weight[0,7]", 0.0, 0.2),  # ... with the cosine of offset and momentum
-            ("readout.bias[3]", 0.0, 0.4),  # log averaging weight
+            ("readout.bias[0]", 0.325, 0.15),  # log step size
+            ("readout.weight[0,9]", -0.534, 0.2),  # ... with time
+            ("readout.bias[3]", 0.0, 0.2),  # log averaging weight
         ),
         population=8,
         horizon=600,
