@@ -350,15 +350,17 @@ def sinusoid_table(results: dict[str, Any]) -> str:
         "| method | setting | mean | median | diverged | tasks | steps of training |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for label, _ in SINUSOID:
-        for entry in results["entries"].values():
-            if entry["label"] == label and entry["metric"] == "mse":
-                mean = "not finite" if entry["mean"] is None else f"{entry['mean']:.3g} ± {entry['ci95']:.2g}"
-                median = "not finite" if entry["median"] is None else f"{entry['median']:.3g}"
-                lines.append(
-                    f"| {label} | {entry['setting']} | {mean} | {median} | {entry['diverged']} | {entry['n']} "
-                    f"| {entry['step']} of {entry['steps']} |"
-                )
+    for label, name in SINUSOID:
+        found = [entry for entry in results["entries"].values() if entry["recipe"] == name]
+        if not found:
+            lines.append(f"| {label} | | not trained yet: `python benchmarks/fewshot.py train {name}` | | | | |")
+        for entry in found:
+            mean = "not finite" if entry["mean"] is None else f"{entry['mean']:.3g} ± {entry['ci95']:.2g}"
+            median = "not finite" if entry["median"] is None else f"{entry['median']:.3g}"
+            lines.append(
+                f"| {label} | {entry['setting']} | {mean} | {median} | {entry['diverged']} | {entry['n']} "
+                f"| {entry['step']} of {entry['steps']} |"
+            )
     lines += ["", f"Made by `{results['command']}` with torch {results['torch']}; raw results in `fewshot.json`."]
     return "\n".join(lines) + "\n"
 

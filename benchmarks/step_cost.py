@@ -107,7 +107,8 @@ def rows(device: torch.device) -> list[Row]:
             if get_backend(backend).refusal(case):
                 continue
             choose(case, backend)  # compile it now
-            for state_dtype in STATE_DTYPES:
+            vectors = any(spec.shape for spec in rule.state_spec().values())
+            for state_dtype in STATE_DTYPES if vectors else STATE_DTYPES[:1]:  # numbers are kept as they are
                 name = f"{rule_name}, {backend}, {str(state_dtype).removeprefix('torch.')}"
                 found.append(Row(name, learned(rule, backend, state_dtype), rule_name))
     return found + pylo_rows()

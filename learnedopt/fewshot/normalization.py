@@ -121,8 +121,10 @@ def episodic(module: nn.Module, track: bool) -> nn.Module:
 
     def visit(module: nn.Module) -> nn.Module:
         if module not in replaced:
-            old = isinstance(module, _BatchNorm) and not isinstance(module, EpisodicBatchNorm)
-            replaced[module] = _replacement(module, track) if old else module
+            if isinstance(module, _BatchNorm) and not isinstance(module, EpisodicBatchNorm):
+                replaced[module] = _replacement(module, track)
+            else:
+                replaced[module] = module
             # Not named_children, which leaves out a module's second place.
             for name, child in module._modules.items():
                 if child is not None:

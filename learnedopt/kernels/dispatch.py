@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,9 @@ def step(
         loss: The training loss, 0-d and on the tensors' device.
         skip: Where true, everything stays as it is bit for bit. 0-d, boolean and on the tensors' device.
     """
+    if torch.compiler.is_compiling() and backend.name != "reference":
+        _step_outside_the_graph(backend, rule, tensors, lr=lr, weight_decay=weight_decay, loss=loss, skip=skip)
+        return
     # The host reads its own memory without waiting; a compiler, though, wants tensors to stay tensors.
     if tensors.device.type == "cpu" and not torch.compiler.is_compiling():
         lr = float(lr)
@@ -44,3 +49,8 @@ def step(
     for name, values in tensor_state.items():
         for state, value in zip(tensors.states, values.unbind(-1)):
             state[name].copy_(value if skip is None else torch.where(skip, state[name], value))
+
+
+@torch.compiler.disable(reason="blocked, native and triton are kernels of their own, and are not compiled once more")
+def _step_outside_the_graph(backend: Backend, rule: UpdateRule, tensors: Tensors, **options: Any) -> None:
+    step(backend, rule, tensors, **options)

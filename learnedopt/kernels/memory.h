@@ -1,5 +1,5 @@
 // What a step reads and writes: coordinates of many tensors side by side, a tile at a time, and state in float32, in
-// bfloat16 or in eight bits.
+// bfloat16, or in eight or ten bits.
 #pragma once
 
 #include "lstm.h"
@@ -81,22 +81,29 @@ inline void store_bf16(uint16_t* p, Ints rounded) {
   *reinterpret_cast<Lanes<uint16_t>::Vec*>(p) = __builtin_convertvector(rounded >> 16, Lanes<uint16_t>::Vec);
 }
 
-// Codes of eight bits; GCC takes the general conversions apart, lane by lane.
-inline Vec<float> load_codes(const int8_t* p) {
+// Bytes, with a sign or without; GCC takes the general conversions apart, lane by lane.
+template <class E>
+inline Ints load_bytes(const E* p) {
 #if defined(__AVX512F__)
-  return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return Ints(std::is_signed_v<E> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 #else
-  return __builtin_convertvector(*reinterpret_cast<const Lanes<int8_t>::Vec*>(p), Vec<float>);
+  return __builtin_convertvector(*reinterpret_cast<const typename Lanes<E>::Vec*>(p), Ints);
 #endif
 }
 
-inline void store_codes(int8_t* p, Ints codes) {
+// Of each number its lowest eight bits.
+template <class E>
+inline void store_bytes(E* p, Ints numbers) {
 #if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(codes)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(numbers)));
 #else
-  *reinterpret_cast<Lanes<int8_t>::Vec*>(p) = __builtin_convertvector(codes, Lanes<int8_t>::Vec);
+  *reinterpret_cast<typename Lanes<E>::Vec*>(p) = __builtin_convertvector(numbers, typename Lanes<E>::Vec);
 #endif
 }
+
+// How many bytes the lower bits of a vector of ten-bit codes take: those of four units share one.
+constexpr int low_bytes(int units) { return (units + 3) / 4; }
 
 // The square root of numbers that are not negative, within a few units in the last place; faster than the exact one.
 inline Vec<float> fast_square_root(Vec<float> x) {
@@ -118,17 +125,25 @@ class Memory {
   struct Place {
     char* values;
     int64_t stride;  // from row to row, in elements
-    uint16_t* scales;
-    int64_t scale_stride;
+    uint16_t* scales = nullptr;
+    int64_t scale_stride = 0;
+    uint8_t* lows = nullptr;  // of codes of ten bits
+    int64_t low_stride = 0;
   };
 
-  Memory(Kind kind, std::vector<Place> places, int hidden) : kind_(kind), places_(std::move(places)), hidden_(hidden) {}
+  Memory(Kind kind, std::vector<Place> places, int hidden)
+      : kind_(kind),
+        places_(std::move(places)),
+        hidden_(hidden),
+        fine_(!places_.empty() && places_[0].lows),
+        most_(fine_ ? 511.0f : 127.0f) {}
 
   // Scratch that a thread needs for reading and writing.
   struct Scratch {
-    explicit Scratch(int hidden) : values(hidden * LANES), scales(LANES) {}
+    explicit Scratch(int hidden) : values(hidden * LANES), scales(LANES), lows(low_bytes(hidden) * LANES) {}
     Buffer<float> values;
     Buffer<uint16_t> scales;
+    Buffer<uint8_t> lows;
   };
 
   void read(const Pieces& pieces, int layer, float* tile, const Scratch& scratch) const {
@@ -158,8 +173,6 @@ class Memory {
   }
 
  private:
-  static constexpr float CODES = 127.0f;
-
   template <class E>
   Rows<E> rows(const Piece& piece, int layer) const {
     const Place& place = places_[piece.tensor];
@@ -177,39 +190,47 @@ class Memory {
     return place.scales + layer * place.scale_stride + piece.at;
   }
 
+  Rows<uint8_t> lows(const Piece& piece, int layer) const {
+    const Place& place = places_[piece.tensor];
+    return {place.lows + layer * low_bytes(hidden_) * place.low_stride + piece.at, place.low_stride};
+  }
+
   static bool whole(const Pieces& pieces) { return pieces.size() == 1 && pieces[0].count == LANES; }
 
   template <class E>
   void read_as(const Pieces& pieces, int layer, float* tile, const Scratch& scratch) const {
     Rows<E> from{reinterpret_cast<E*>(scratch.values.get()), LANES};
     const uint16_t* scale = scratch.scales.get();
+    Rows<uint8_t> low{scratch.lows.get(), LANES};
     if (whole(pieces)) {
       from = rows<E>(pieces[0], layer);
       if (kind_ == INT8) scale = scales(pieces[0], layer);
+      if (fine_) low = lows(pieces[0], layer);
     } else {
       for (const Piece& piece : pieces) {
-        const Rows<E> there = rows<E>(piece, layer);
-        for (int u = 0; u < hidden_; ++u) std::copy_n(there[u], piece.count, from[u] + piece.lane);
+        copy(rows<E>(piece, layer), 0, from, piece.lane, hidden_, piece.count);
         if (kind_ == INT8) std::copy_n(scales(piece, layer), piece.count, scratch.scales.get() + piece.lane);
+        if (fine_) copy(lows(piece, layer), 0, low, piece.lane, low_bytes(hidden_), piece.count);
       }
     }
     for (int at = 0; at < LANES; at += WIDTH<float>) {
-      Vec<float> factor;
-      if constexpr (sizeof(E) == 1) factor = load_bf16(scale + at) / (CODES * CODES);
-      for (int u = 0; u < hidden_; ++u) {
-        const E* p = from[u] + at;
-        Vec<float> x;
-        if constexpr (sizeof(E) == 4)
-          x = load(p);
-        else if constexpr (sizeof(E) == 2)
-          x = load_bf16(p);
-        else {
-          x = load_codes(p);
-          x = x * (x < 0.0f ? -x : x) * factor;
+      if constexpr (sizeof(E) == 1) {
+        decode(from, low, scale, at, tile);
+      } else {
+        for (int u = 0; u < hidden_; ++u) {
+          if constexpr (sizeof(E) == 4)
+            store(tile + u * LANES + at, load(from[u] + at));
+          else
+            store(tile + u * LANES + at, load_bf16(from[u] + at));
         }
-        store(tile + u * LANES + at, x);
       }
     }
+  }
+
+  // So many numbers of each of some rows.
+  template <class E>
+  static void copy(Rows<E> from, int from_lane, Rows<E> to, int to_lane, int rows, int count) {
+    for (int row = 0; row < rows; ++row) std::copy_n(from[row] + from_lane, count, to[row] + to_lane);
   }
 
   template <class E>
@@ -217,9 +238,10 @@ class Memory {
     const bool direct = whole(pieces);
     const Rows<E> to = direct ? rows<E>(pieces[0], layer) : Rows<E>{reinterpret_cast<E*>(scratch.values.get()), LANES};
     uint16_t* scale = direct && kind_ == INT8 ? scales(pieces[0], layer) : scratch.scales.get();
+    const Rows<uint8_t> low = direct && fine_ ? lows(pieces[0], layer) : Rows<uint8_t>{scratch.lows.get(), LANES};
     for (int at = 0; at < LANES; at += WIDTH<float>) {
       if constexpr (sizeof(E) == 1)
-        encode(tile + at, to.p + at, to.stride, scale + at);
+        encode(tile, to, low, scale, at);
       else
         for (int u = 0; u < hidden_; ++u) {
           const Vec<float> x = load(tile + u * LANES + at);
@@ -231,14 +253,29 @@ class Memory {
     }
     if (direct) return;
     for (const Piece& piece : pieces) {
-      const Rows<E> there = rows<E>(piece, layer);
-      for (int u = 0; u < hidden_; ++u) std::copy_n(to[u] + piece.lane, piece.count, there[u]);
+      copy(to, piece.lane, rows<E>(piece, layer), 0, hidden_, piece.count);
       if (kind_ == INT8) std::copy_n(scale + piece.lane, piece.count, scales(piece, layer));
+      if (fine_) copy(low, piece.lane, lows(piece, layer), 0, low_bytes(hidden_), piece.count);
     }
   }
 
-  // The vectors of one lane each: a code per unit and one scale.
-  void encode(const float* tile, int8_t* codes, int64_t stride, uint16_t* scale) const {
+  // The vectors of one lane each: a code per unit, its lower bits elsewhere if it has ten, and one scale.
+  void decode(Rows<int8_t> codes, Rows<uint8_t> lows, const uint16_t* scale, int at, float* tile) const {
+    const Vec<float> factor = load_bf16(scale + at) / (most_ * most_);
+    Ints low{};
+    for (int u = 0; u < hidden_; ++u) {
+      Ints code = load_bytes(codes[u] + at);
+      if (fine_) {
+        low = u % 4 ? low >> 2 : load_bytes(lows[u / 4] + at);
+        code = code * 4 + (low & 3);
+      }
+      const Vec<float> x = __builtin_convertvector(code, Vec<float>);
+      store(tile + u * LANES + at, x * (x < 0.0f ? -x : x) * factor);
+    }
+  }
+
+  void encode(const float* tile, Rows<int8_t> codes, Rows<uint8_t> lows, uint16_t* scale, int at) const {
+    tile += at;
     // As whole numbers, magnitudes are in order, and NaN is above infinity.
     Ints most{};
     for (int u = 0; u < hidden_; ++u) {
@@ -246,23 +283,31 @@ class Memory {
       most = magnitude > most ? magnitude : most;
     }
     const Ints kept = round_to_bf16(bit_cast<Vec<float>>(most));
-    store_bf16(scale, kept);
+    store_bf16(scale + at, kept);
     const Vec<float> wide = bit_cast<Vec<float>>(kept);
     const Ints usable = (wide > 0.0f) & (wide < HUGE_VALF);
-    const Vec<float> factor = usable ? CODES * CODES / wide : Vec<float>{};
+    const Vec<float> factor = usable ? most_ * most_ / wide : Vec<float>{};
+    Ints low{};
     for (int u = 0; u < hidden_; ++u) {
       const Vec<float> x = load(tile + u * LANES);
       const Ints sign = bit_cast<Ints>(x) & int(0x80000000);
       Vec<float> root = fast_square_root(bit_cast<Vec<float>>(bit_cast<Ints>(x) ^ sign) * factor);
-      root = bit_cast<Vec<float>>(bit_cast<Ints>(root < CODES ? root : broadcast(CODES)) | sign);
+      root = bit_cast<Vec<float>>(bit_cast<Ints>(root < most_ ? root : broadcast(most_)) | sign);
       // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
-      store_codes(codes + u * stride, bit_cast<Ints>(root + 12582912.0f) & usable);
+      const Ints code = bit_cast<Ints>(root + 12582912.0f) & usable;
+      store_bytes(codes[u] + at, fine_ ? code >> 2 : code);
+      if (fine_) {
+        low = (u % 4 ? low : Ints{}) | (code & 3) << 2 * (u % 4);
+        if (u % 4 == 3 || u == hidden_ - 1) store_bytes(lows[u / 4] + at, low);
+      }
     }
   }
 
   Kind kind_;
   std::vector<Place> places_;
   int hidden_;
+  bool fine_;
+  float most_;  // codes go from minus to plus this
 };
 
 }  // namespace learnedopt

@@ -8,7 +8,7 @@
 // What all steps take; beside it, each has what is its rule's.
 #define STEP                                                                                                    \
   "Tensor(a!)[] params, Tensor[] grads, bool maximize, Tensor(b!)[] h, Tensor(c!)[] h_scale, Tensor(d!)[] c, " \
-  "Tensor(e!)[] c_scale, Tensor[] weights, float lr, float weight_decay, "
+  "Tensor(e!)[] c_low, Tensor(j!)[] c_scale, Tensor[] weights, float lr, float weight_decay, "
 
 TORCH_LIBRARY(learnedopt, m) {
   m.def("lstm_forward(Tensor x, Tensor h, Tensor c, Tensor[] weights) -> (Tensor, Tensor)");
@@ -23,6 +23,13 @@ TORCH_LIBRARY(learnedopt, m) {
   m.def(
       "adam_lstm_sums(Tensor[] params, Tensor[] grads, bool maximize, Tensor[] fast, Tensor[] slow, Tensor[] square, "
       "Tensor corrections, float fast_decay, float slow_decay, float square_decay, float eps) -> Tensor");
+  m.def("schedule_free_lstm_step(" STEP
+        "Tensor(f!)[] momentum, Tensor(g!)[] square, Tensor(i!)[] offset, Tensor statistics, Tensor readout, "
+        "float momentum_decay, float square_decay, float eps, float nominal_step, float interpolation, "
+        "float log_step_gain, float log_step_bound, float mix_bound, float log_averaging_bound) -> ()");
+  m.def(
+      "schedule_free_lstm_sums(Tensor[] params, Tensor[] grads, bool maximize, Tensor[] momentum, Tensor[] square, "
+      "Tensor[] offset, Tensor corrections, float momentum_decay, float square_decay, float eps) -> Tensor");
   m.def("meta_lstm_step(" STEP
         "Tensor(f!)[] forget_state, Tensor(g!)[] input_state, Tensor statistics, Tensor forget, Tensor forget_bias, "
         "Tensor input, Tensor input_bias, float p, float gradient_divisor, bool feed_back_gate) -> ()");
@@ -34,5 +41,7 @@ TORCH_LIBRARY_IMPL(learnedopt, CPU, m) {
   m.impl("lstm_step", learnedopt::lstm_step);
   m.impl("adam_lstm_step", learnedopt::adam_lstm_step);
   m.impl("adam_lstm_sums", learnedopt::adam_lstm_sums);
+  m.impl("schedule_free_lstm_step", learnedopt::schedule_free_lstm_step);
+  m.impl("schedule_free_lstm_sums", learnedopt::schedule_free_lstm_sums);
   m.impl("meta_lstm_step", learnedopt::meta_lstm_step);
 }

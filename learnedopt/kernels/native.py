@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from learnedopt.kernels import blocks, extension
-from learnedopt.kernels.adam_lstm import MOMENTS, statistics_from_sums
 from learnedopt.kernels.base import Backend, Case, Tensors
-from learnedopt.kernels.state import SCALE, state_layout
-from learnedopt.rules import AdamLSTMRule, LSTMRule, MetaLSTMRule, State, UpdateRule
+from learnedopt.kernels.means import ADAM_LSTM, FORMS, SCHEDULE_FREE_LSTM, TakesMeans, statistics_from_sums
+from learnedopt.kernels.state import LOW, SCALE, state_layout
+from learnedopt.rules import AdamLSTMRule, LSTMRule, MetaLSTMRule, ScheduleFreeLSTMRule, State, UpdateRule
 
 _READABLE = (torch.float32, torch.bfloat16, torch.float16)
 # Beyond it, what preprocessing takes for the least magnitude is no longer a normal float32.
@@ -32,7 +32,7 @@ class NativeBackend(Backend):
         if case.dtype != torch.float32:
             return f"it computes in float32, and this takes {case.dtype}"
         # By exact type: a subclass may compute something else.
-        if type(case.rule) not in (LSTMRule, AdamLSTMRule, MetaLSTMRule):
+        if type(case.rule) not in (LSTMRule, MetaLSTMRule, AdamLSTMRule, ScheduleFreeLSTMRule):
             return f"it knows the rules of this package, and this is {type(case.rule).__name__}"
         if getattr(case.rule.config, "preprocessing_p", 0.0) > _MOST_P:
             return f"it needs preprocessing_p to be at most {_MOST_P}"
@@ -47,8 +47,8 @@ class NativeBackend(Backend):
         extension.operators()
 
     def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
-        if isinstance(rule, AdamLSTMRule):
-            return _adam_lstm_statistics(rule, tensors)
+        if isinstance(rule, TakesMeans):
+            return _statistics_from_means(rule, tensors)
         # The others look at no coordinate.
         none = torch.empty(0, dtype=tensors.dtype)
         return rule.statistics(none, none, {}, tensors.segments, loss)
@@ -70,7 +70,7 @@ class NativeBackend(Backend):
                 batch.params,
                 batch.grads,
                 tensors.maximize,
-                *(batch.entry(name) for name in ("h", "h" + SCALE, "c", "c" + SCALE)),
+                *(batch.entry(name) for name in ("h", "h" + SCALE, "c", "c" + LOW, "c" + SCALE)),
                 program.weights,
                 lr,
                 weight_decay,
@@ -104,9 +104,11 @@ def _program(rule: UpdateRule) -> _Program:
 
 
 def _make_program(rule: UpdateRule) -> _Program:
-    assert isinstance(rule, LSTMRule | AdamLSTMRule | MetaLSTMRule)
-    layers = zip(rule.lstm.input_weights, rule.lstm.recurrent_weights, rule.lstm.biases)
-    weights = [weight.detach().contiguous() for layer in layers for weight in layer]
+    assert isinstance(rule, LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule)
+    weights = []
+    if rule.lstm is not None:
+        layers = zip(rule.lstm.input_weights, rule.lstm.recurrent_weights, rule.lstm.biases)
+        weights = [weight.detach().contiguous() for layer in layers for weight in layer]
 
     def linear(layer: torch.nn.Linear) -> tuple[Tensor, Tensor]:
         return layer.weight.detach().contiguous(), layer.bias.detach().contiguous()
@@ -119,8 +121,15 @@ def _make_program(rule: UpdateRule) -> _Program:
             return _Program("lstm_step", weights, (), settings)
         case AdamLSTMRule():
             bounds = (rule.config.log_step_gain, rule.config.log_step_bound, rule.config.mix_bound)
-            settings = (*linear(rule.readout), *_decays(rule), rule.config.nominal_step, *bounds)
-            return _Program("adam_lstm_step", weights, ("fast", "slow", "square"), settings)
+            settings = (*linear(rule.readout), *_averaging(rule), rule.config.nominal_step, *bounds)
+            return _Program("adam_lstm_step", weights, ADAM_LSTM.numbers, settings)
+        case ScheduleFreeLSTMRule():
+            # In the order in which the kernel reads it.
+            readout = torch.cat([rule.readout.weight.T, rule.readout.bias.unsqueeze(0)]).detach()
+            steps = (rule.config.nominal_step, rule.config.interpolation)
+            bounds = (rule.config.log_step_gain, rule.config.log_step_bound, rule.config.mix_bound)
+            settings = (readout, *_averaging(rule), *steps, *bounds, rule.config.log_averaging_bound)
+            return _Program("schedule_free_lstm_step", weights, SCHEDULE_FREE_LSTM.numbers, settings)
         case MetaLSTMRule():
             config = rule.config
             gates = (*linear(rule.forget_gate), *linear(rule.input_gate))
@@ -128,19 +137,26 @@ def _make_program(rule: UpdateRule) -> _Program:
             return _Program("meta_lstm_step", weights, ("forget", "input"), settings)
 
 
-def _decays(rule: AdamLSTMRule) -> tuple[float, float, float, float]:
-    return rule.config.fast_decay, rule.config.slow_decay, rule.config.square_decay, rule.config.eps
+def _averaging(rule: TakesMeans) -> tuple[float, ...]:
+    """What a rule's moving averages are made with."""
+    match rule:
+        case AdamLSTMRule():
+            return rule.config.fast_decay, rule.config.slow_decay, rule.config.square_decay, rule.config.eps
+        case ScheduleFreeLSTMRule():
+            return rule.config.momentum_decay, rule.config.square_decay, rule.config.eps
 
 
-def _adam_lstm_statistics(rule: AdamLSTMRule, tensors: Tensors) -> tuple[Tensor, State]:
-    """What :meth:`AdamLSTMRule.statistics` gives, its sums taken in one pass."""
+def _statistics_from_means(rule: TakesMeans, tensors: Tensors) -> tuple[Tensor, State]:
+    """What the rule's ``statistics`` gives, its sums taken in one pass."""
+    form, operators = FORMS[type(rule)], extension.operators()
+    operator = operators.adam_lstm_sums if isinstance(rule, AdamLSTMRule) else operators.schedule_free_lstm_sums
 
     def sums(corrections: Tensor) -> Tensor:
-        totals = torch.zeros(3, len(tensors.params), dtype=torch.float64)
+        totals = torch.zeros(form.sums, len(tensors.params), dtype=torch.float64)
         for batch in _batches(rule, tensors):
-            entries = (batch.entry(name) for name in MOMENTS)
-            totals[:, batch.indices] += extension.operators().adam_lstm_sums(
-                batch.params, batch.grads, tensors.maximize, *entries, batch.columns(corrections), *_decays(rule)
+            entries = (batch.entry(name) for name in form.numbers)
+            totals[:, batch.indices] += operator(
+                batch.params, batch.grads, tensors.maximize, *entries, batch.columns(corrections), *_averaging(rule)
             )
         return totals.to(tensors.dtype)
 

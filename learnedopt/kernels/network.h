@@ -49,8 +49,8 @@ struct Network {
     }
   }
   int depth() const { return layers.size(); }
-  int hidden() const { return layers[0].hidden; }
-  int most_rows() const { return std::max(layers[0].inputs, hidden()) + hidden(); }
+  int hidden() const { return layers.empty() ? 0 : layers[0].hidden; }
+  int most_rows() const { return layers.empty() ? 0 : std::max(layers[0].inputs, hidden()) + hidden(); }
 };
 
 inline TensorList contiguous(TensorList tensors) {

@@ -72,9 +72,10 @@ inline std::vector<int64_t> sizes_of(const TensorList& tensors) {
   return sizes;
 }
 
-// Where states (layers, hidden, ...) and their scales (layers, ...) are; the coordinates of each row lie side by side.
-inline Memory memory(const TensorList& states, const TensorList& scales, const TensorList& params, int depth,
-                     int hidden) {
+// Where states (layers, hidden, ...), the lower bits of their codes (layers, low_bytes(hidden), ...) and their scales
+// (layers, ...) are; the coordinates of each row lie side by side.
+inline Memory memory(const TensorList& states, const TensorList& lows, const TensorList& scales,
+                     const TensorList& params, int depth, int hidden) {
   Memory::Kind kind = Memory::FLOAT32;
   std::vector<Memory::Place> places;
   for (size_t i = 0; i < states.size(); ++i) {
@@ -86,13 +87,21 @@ inline Memory memory(const TensorList& states, const TensorList& scales, const T
     const int64_t n = params[i].numel();
     TORCH_CHECK(kind != Memory::FLOAT32 || state.scalar_type() == at::kFloat, "a state has dtype ",
                 state.scalar_type());
-    TORCH_CHECK(state.numel() == depth * hidden * n && (!coded || scales[i].numel() == depth * n),
+    TORCH_CHECK(state.numel() == depth * hidden * n && (!coded || scales[i].numel() == depth * n) &&
+                    (!coded || lows.empty() || lows[i].numel() == depth * low_bytes(hidden) * n),
                 "a state does not have the shape of its parameter");
     // Otherwise it is some coordinates of a larger tensor, (layers, hidden, n) and (layers, n).
-    const int64_t stride = state.is_contiguous() ? n : state.stride(1);
-    const int64_t scale_stride = !coded ? 0 : scales[i].is_contiguous() ? n : scales[i].stride(0);
-    places.push_back({static_cast<char*>(state.data_ptr()), stride,
-                      coded ? static_cast<uint16_t*>(scales[i].data_ptr()) : nullptr, scale_stride});
+    auto stride = [n](const Tensor& tensor, int dim) { return tensor.is_contiguous() ? n : tensor.stride(dim); };
+    Memory::Place place{static_cast<char*>(state.data_ptr()), stride(state, 1)};
+    if (coded) {
+      place.scales = static_cast<uint16_t*>(scales[i].data_ptr());
+      place.scale_stride = stride(scales[i], 0);
+      if (!lows.empty()) {
+        place.lows = static_cast<uint8_t*>(lows[i].data_ptr());
+        place.low_stride = stride(lows[i], 1);
+      }
+    }
+    places.push_back(place);
   }
   return Memory(kind, std::move(places), hidden);
 }
@@ -100,14 +109,14 @@ inline Memory memory(const TensorList& states, const TensorList& scales, const T
 // What all rules have in common.
 struct Step {
   Step(const TensorList& params, const TensorList& grads, const TensorList& h, const TensorList& h_scale,
-       const TensorList& c, const TensorList& c_scale, const TensorList& weights, bool maximize, double lr,
-       double weight_decay)
+       const TensorList& c, const TensorList& c_low, const TensorList& c_scale, const TensorList& weights,
+       bool maximize, double lr, double weight_decay)
       : params(params),
         grads(grads),
         layout(sizes_of(params)),
         network(weights, false),
-        h(memory(h, h_scale, params, network.depth(), network.hidden())),
-        c(memory(c, c_scale, params, network.depth(), network.hidden())),
+        h(memory(h, {}, h_scale, params, network.depth(), network.hidden())),
+        c(memory(c, c_low, c_scale, params, network.depth(), network.hidden())),
         maximize(maximize),
         lr(lr),
         decay(1.0 - lr * weight_decay) {
@@ -267,6 +276,13 @@ inline void expand(const float* statistics, int64_t tensors, int rows, const Pie
       std::fill_n(out + row * LANES + piece.lane, piece.count, statistics[row * tensors + piece.tensor]);
 }
 
+// Within a bound, and near zero x itself.
+ALWAYS_INLINE Row<float> bounded(const Row<float>& x, float bound) {
+  return bound * tanh(x * (TANH_SCALE<float> / bound)).value;
+}
+
+ALWAYS_INLINE Row<float> exponential(const Row<float>& x) { return exp2_capped(x * 1.44269504f, 127.0f); }
+
 // AdamLSTMRule
 struct AdamLSTM {
   static constexpr int CORRECTIONS = 3, SHARED = 4, OWN = 5;
@@ -319,11 +335,105 @@ struct AdamLSTM {
   void update(const Tile& tile, const float* top) const {
     const Row<float> a = load_row(rows.get() + 6 * LANES), b = load_row(rows.get() + 7 * LANES);
     auto out = [&](int k) { return readout(k, top, readout.inputs()); };
-    auto bounded = [](const Row<float>& x, float bound) { return bound * tanh(x * (TANH_SCALE<float> / bound)).value; };
     const Row<float> log_step = bounded(out(0) * log_step_gain, log_step_bound);
     const Row<float> direction = (1.0f + bounded(out(1), mix_bound)) * a + bounded(out(2), mix_bound) * b;
-    store_row(tile.delta.get(), -nominal_step * exp2_capped(log_step * 1.44269504f, 127.0f) * direction);
+    store_row(tile.delta.get(), -nominal_step * exponential(log_step) * direction);
   }
+};
+
+// What ScheduleFreeLSTMRule keeps beside its LSTM, and what it makes of it and a gradient.
+struct Averages {
+  std::vector<float*> momentum, square, offset;
+  double momentum_decay, square_decay;
+  float eps;
+
+  struct Directions {
+    Row<float> momentum, square, a, g;
+  };
+
+  // The new moments and the normalised directions, from gradients and two rows each of old moments and of bias
+  // corrections.
+  Directions operator()(const Row<float>& gradient, const float* old, const float* factors) const {
+    Directions now;
+    const float limit = 0.5f * std::sqrt(std::numeric_limits<float>::max());
+    const Row<float> grad = clamp(gradient, -limit, limit);
+    now.momentum = float(momentum_decay) * load_row(old) + float(1.0 - momentum_decay) * grad;
+    now.square = float(square_decay) * load_row(old + LANES) + float(1.0 - square_decay) * (grad * grad);
+    const Row<float> mean = now.square * load_row(factors + LANES);
+    const Row<float> rms = square_root(clamp(mean, std::numeric_limits<float>::min(), HUGE_VALF)) + eps;
+    now.a = now.momentum * load_row(factors) / rms;
+    now.g = grad / rms;
+    return now;
+  }
+
+  // Three rows: the old moments and the offset.
+  void read(const Pieces& pieces, float* old) const {
+    read_row(momentum, pieces, old);
+    read_row(square, pieces, old + LANES);
+    read_row(offset, pieces, old + 2 * LANES);
+  }
+};
+
+// ScheduleFreeLSTMRule
+struct ScheduleFreeLSTM {
+  static constexpr int FACTORS = 4, SHARED = 6, OWN = 4, FEATURES = OWN + SHARED, OUTPUTS = 4;
+
+  struct Settings {
+    const float* readout;  // [features + units + bias][outputs]
+    int units;             // 0 where there is no LSTM
+    Averages averages;
+    const float* statistics;
+    int64_t tensors;
+    double interpolation;
+    float nominal_step, log_step_gain, log_step_bound, mix_bound, log_averaging_bound;
+  };
+
+  explicit ScheduleFreeLSTM(const Settings& settings) : s(settings) {}
+  ScheduleFreeLSTM(const ScheduleFreeLSTM& other) : s(other.s) {}
+
+  void features(const Tile& tile, float* in) const {
+    float *factors = rows.get(), *state = numbers(), *seen = features_seen();
+    expand(s.statistics, s.tensors, FACTORS, tile.pieces, factors);
+    expand(s.statistics + FACTORS * s.tensors, s.tensors, SHARED, tile.pieces, seen + OWN * LANES);
+    s.averages.read(tile.pieces, state);
+    const Averages::Directions now = s.averages(load_row(tile.grad.get()), state, factors);
+    const Row<float> per_offset = load_row(factors + 3 * LANES), offset = load_row(state + 2 * LANES);
+    const Row<float> own[OWN] = {now.a, now.g, absolute(now.a), offset * per_offset};
+    for (int k = 0; k < OWN; ++k) store_row(seen + k * LANES, own[k]);
+    store_row(state, now.momentum);
+    store_row(state + LANES, now.square);
+    write_row(state, tile.pieces, s.averages.momentum);
+    write_row(state + LANES, tile.pieces, s.averages.square);
+    if (s.units) std::copy_n(seen, FEATURES * LANES, in);
+  }
+
+  void update(const Tile& tile, const float* top) const {
+    const float *seen = features_seen(), *factors = rows.get();
+    float* state = numbers();
+    const float *for_top = s.readout + FEATURES * OUTPUTS, *bias = for_top + s.units * OUTPUTS;
+    Row<float> out[OUTPUTS];
+    for (int k = 0; k < OUTPUTS; ++k) out[k] = broadcast_row(bias[k]);
+    product(out, s.readout, seen, FEATURES);
+    product(out, for_top, top, s.units);
+    const Row<float> a = load_row(seen), g = load_row(seen + LANES), averaging = load_row(factors + 2 * LANES);
+    const Row<float> log_step = bounded(out[0] * s.log_step_gain, s.log_step_bound);
+    const Row<float> direction = (1.0f + bounded(out[1], s.mix_bound)) * g + bounded(out[2], s.mix_bound) * a;
+    const Row<float> move = s.nominal_step * exponential(log_step) * direction;
+    const Row<float> nominal = averaging * exponential(bounded(out[3], s.log_averaging_bound));
+    const Row<float> weight = clamp(nominal, -HUGE_VALF, 1.0f);
+    // What the average takes of the offset goes to the parameters, and what is left stays.
+    const Row<float> offset = load_row(state + 2 * LANES) - float(s.interpolation) * move;
+    store_row(tile.delta.get(), weight * offset - float(1.0 - s.interpolation) * move);
+    store_row(state, (1.0f - weight) * offset);
+    write_row(state, tile.pieces, s.averages.offset);
+  }
+
+ private:
+  float* numbers() const { return rows.get() + FACTORS * LANES; }
+  float* features_seen() const { return numbers() + 3 * LANES; }
+
+  Settings s;
+  Buffer<float> rows{(FACTORS + 3 + FEATURES) * LANES};
 };
 
 // MetaLSTMRule
@@ -362,73 +472,124 @@ struct MetaLSTM {
 };
 
 inline void lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h, TensorList h_scale,
-                      TensorList c, TensorList c_scale, TensorList weights, double lr, double weight_decay,
-                      const Tensor& readout, const Tensor& bias, bool preprocess, double p, double output_scale) {
-  Step(params, grads, h, h_scale, c, c_scale, weights, maximize, lr, weight_decay)
+                      TensorList c, TensorList c_low, TensorList c_scale, TensorList weights, double lr,
+                      double weight_decay, const Tensor& readout, const Tensor& bias, bool preprocess, double p,
+                      double output_scale) {
+  Step(params, grads, h, h_scale, c, c_low, c_scale, weights, maximize, lr, weight_decay)
       .run(LSTM{Readout(readout, bias), preprocess, float(p), float(output_scale)});
 }
 
 inline void adam_lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h, TensorList h_scale,
-                           TensorList c, TensorList c_scale, TensorList weights, double lr, double weight_decay,
-                           TensorList fast, TensorList slow, TensorList square, const Tensor& statistics,
-                           const Tensor& readout, const Tensor& bias, double fast_decay, double slow_decay,
-                           double square_decay, double eps, double nominal_step, double log_step_gain,
-                           double log_step_bound, double mix_bound) {
+                           TensorList c, TensorList c_low, TensorList c_scale, TensorList weights, double lr,
+                           double weight_decay, TensorList fast, TensorList slow, TensorList square,
+                           const Tensor& statistics, const Tensor& readout, const Tensor& bias, double fast_decay,
+                           double slow_decay, double square_decay, double eps, double nominal_step,
+                           double log_step_gain, double log_step_bound, double mix_bound) {
   const Moments moments{pointers<float>(fast), pointers<float>(slow),  pointers<float>(square), float(fast_decay),
                         float(slow_decay),     float(square_decay), float(eps)};
-  Step(params, grads, h, h_scale, c, c_scale, weights, maximize, lr, weight_decay)
+  Step(params, grads, h, h_scale, c, c_low, c_scale, weights, maximize, lr, weight_decay)
       .run(AdamLSTM(Readout(readout, bias), moments, statistics, nominal_step, log_step_gain, log_step_bound,
                     mix_bound));
 }
 
-// Sums over each tensor of param^2, a g and b^2: (3, tensors) in float64, so that their order hardly matters.
-inline Tensor adam_lstm_sums(TensorList params, TensorList grads, bool maximize, TensorList fast, TensorList slow,
-                             TensorList square, const Tensor& corrections, double fast_decay, double slow_decay,
-                             double square_decay, double eps) {
-  const Moments moments{pointers<float>(fast), pointers<float>(slow),  pointers<float>(square), float(fast_decay),
-                        float(slow_decay),     float(square_decay), float(eps)};
+// In float64; several sums side by side, because an addition waits for the one before it.
+inline double sum(const float* p, int count) {
+  constexpr int SIDE = 8;
+  double sums[SIDE] = {};
+  for (; count >= SIDE; count -= SIDE, p += SIDE)
+    for (int i = 0; i < SIDE; ++i) sums[i] += p[i];
+  for (int i = 0; i < count; ++i) sums[i] += p[i];
+  for (int half = SIDE / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+// Sums over each tensor of K products: (K, tensors) in float64, so that their order hardly matters. `products` has the
+// parameters and gradients of a tile, three rows of what `state` reads, and a row of each correction.
+template <int K, class State, class F>
+inline Tensor sums_of(const TensorList& params, const TensorList& grads, bool maximize, const State& state,
+                      const Tensor& corrections, F&& products) {
   const Numbers values(params), gradients(grads);
   const Layout layout(sizes_of(params));
   const int64_t tensors = params.size(), chunks = number_of_threads<float>(layout.total());
-  std::vector<std::vector<double>> sums(chunks, std::vector<double>(3 * tensors));
+  const int factors = corrections.size(0);
+  std::vector<std::vector<double>> sums(chunks, std::vector<double>(K * tensors));
   for_chunks<float>(layout.total(), chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     Pieces pieces;
-    Buffer<float> rows(8 * LANES), products(3 * LANES);
+    Buffer<float> rows((5 + factors + K) * LANES);
     auto row = [&](int k) { return rows.get() + k * LANES; };
     for (int64_t at = begin; at < end; at += LANES) {
       layout.pieces(at, pieces);
       values.read(pieces, row(0));
       gradients.read(pieces, row(1));
-      moments.read(pieces, row(2));
-      expand(corrections.const_data_ptr<float>(), tensors, 3, pieces, row(5));
-      const Row<float> param = load_row(row(0)), grad = load_row(row(1));
-      const Moments::Directions now = moments(maximize ? -grad : grad, row(2), row(5));
-      store_row(products.get(), param * param);
-      store_row(products.get() + LANES, now.a * now.g);
-      store_row(products.get() + 2 * LANES, now.b * now.b);
+      state.read(pieces, row(2));
+      expand(corrections.const_data_ptr<float>(), tensors, factors, pieces, row(5));
+      const Row<float> grad = load_row(row(1));
+      const std::array<Row<float>, K> found = products(load_row(row(0)), maximize ? -grad : grad, row(2), row(5));
+      for (int k = 0; k < K; ++k) store_row(row(5 + factors + k), found[k]);
       for (const Piece& piece : pieces)
-        for (int k = 0; k < 3; ++k) {
-          double sum = 0.0;
-          for (int i = 0; i < piece.count; ++i) sum += products.get()[k * LANES + piece.lane + i];
-          sums[chunk][k * tensors + piece.tensor] += sum;
-        }
+        for (int k = 0; k < K; ++k)
+          sums[chunk][k * tensors + piece.tensor] += sum(row(5 + factors + k) + piece.lane, piece.count);
     }
   });
-  Tensor result = at::empty({3, tensors}, at::kDouble);
-  for (int64_t i = 0; i < 3 * tensors; ++i) {
-    double sum = 0.0;
-    for (const std::vector<double>& part : sums) sum += part[i];
-    result.mutable_data_ptr<double>()[i] = sum;
+  Tensor result = at::empty({K, tensors}, at::kDouble);
+  for (int64_t i = 0; i < K * tensors; ++i) {
+    double total = 0.0;
+    for (const std::vector<double>& part : sums) total += part[i];
+    result.mutable_data_ptr<double>()[i] = total;
   }
   return result;
 }
 
+inline Tensor adam_lstm_sums(TensorList params, TensorList grads, bool maximize, TensorList fast, TensorList slow,
+                             TensorList square, const Tensor& corrections, double fast_decay, double slow_decay,
+                             double square_decay, double eps) {
+  const Moments moments{pointers<float>(fast), pointers<float>(slow),  pointers<float>(square), float(fast_decay),
+                        float(slow_decay),     float(square_decay), float(eps)};
+  auto products = [&](const Row<float>& param, const Row<float>& grad, const float* old, const float* factors) {
+    const Moments::Directions now = moments(grad, old, factors);
+    return std::array<Row<float>, 3>{param * param, now.a * now.g, now.b * now.b};
+  };
+  return sums_of<3>(params, grads, maximize, moments, corrections, products);
+}
+
+inline void schedule_free_lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h,
+                                    TensorList h_scale, TensorList c, TensorList c_low, TensorList c_scale,
+                                    TensorList weights, double lr, double weight_decay, TensorList momentum,
+                                    TensorList square, TensorList offset, const Tensor& statistics,
+                                    const Tensor& readout, double momentum_decay,
+                                    double square_decay, double eps, double nominal_step, double interpolation,
+                                    double log_step_gain, double log_step_bound, double mix_bound,
+                                    double log_averaging_bound) {
+  const Averages averages{pointers<float>(momentum), pointers<float>(square), pointers<float>(offset), momentum_decay,
+                          square_decay,              float(eps)};
+  Step(params, grads, h, h_scale, c, c_low, c_scale, weights, maximize, lr, weight_decay)
+      .run(ScheduleFreeLSTM({readout.const_data_ptr<float>(), int(readout.size(0)) - ScheduleFreeLSTM::FEATURES - 1,
+                             averages, statistics.const_data_ptr<float>(), statistics.size(1), interpolation,
+                             float(nominal_step), float(log_step_gain), float(log_step_bound), float(mix_bound),
+                             float(log_averaging_bound)}));
+}
+
+inline Tensor schedule_free_lstm_sums(TensorList params, TensorList grads, bool maximize, TensorList momentum,
+                                      TensorList square, TensorList offset, const Tensor& corrections,
+                                      double momentum_decay, double square_decay, double eps) {
+  const Averages averages{pointers<float>(momentum), pointers<float>(square), pointers<float>(offset), momentum_decay,
+                          square_decay,              float(eps)};
+  auto products = [&](const Row<float>& param, const Row<float>& grad, const float* old, const float* factors) {
+    const Averages::Directions now = averages(grad, old, factors);
+    const Row<float> offset = load_row(old + 2 * LANES);
+    return std::array<Row<float>, 5>{param * param, now.a * now.g, now.a * now.a, offset * offset, offset * now.a};
+  };
+  return sums_of<5>(params, grads, maximize, averages, corrections, products);
+}
+
 inline void meta_lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h, TensorList h_scale,
-                           TensorList c, TensorList c_scale, TensorList weights, double lr, double weight_decay,
-                           TensorList forget_state, TensorList input_state, const Tensor& statistics,
-                           const Tensor& forget, const Tensor& forget_bias, const Tensor& input,
-                           const Tensor& input_bias, double p, double gradient_divisor, bool feed_back_gate) {
-  Step(params, grads, h, h_scale, c, c_scale, weights, maximize, lr, weight_decay)
+                           TensorList c, TensorList c_low, TensorList c_scale, TensorList weights, double lr,
+                           double weight_decay, TensorList forget_state, TensorList input_state,
+                           const Tensor& statistics, const Tensor& forget, const Tensor& forget_bias,
+                           const Tensor& input, const Tensor& input_bias, double p, double gradient_divisor,
+                           bool feed_back_gate) {
+  Step(params, grads, h, h_scale, c, c_low, c_scale, weights, maximize, lr, weight_decay)
       .run(MetaLSTM{Readout(forget, forget_bias), Readout(input, input_bias), pointers<float>(forget_state),
                     pointers<float>(input_state), statistics.const_data_ptr<float>(), statistics.size(1), float(p),
                     float(gradient_divisor), feed_back_gate});

@@ -85,7 +85,8 @@ def fused(rule: RuleT) -> RuleT:
         rule: Any rule; its own modules stay as they are.
 
     Returns:
-        A rule of the same class in which every ``CoordinatewiseLSTM`` is a :class:`NativeLSTM`.
+        A rule of the same class in which every ``CoordinatewiseLSTM`` is a :class:`NativeLSTM`; ``rule`` itself, if it
+        has none.
 
     Raises:
         RuntimeError: the compiled kernels are not available here; the message says why

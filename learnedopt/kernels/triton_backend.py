@@ -21,10 +21,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from learnedopt.kernels.adam_lstm import MOMENTS, statistics_from_sums
 from learnedopt.kernels.base import Backend, Case, Tensors
-from learnedopt.kernels.state import SCALE
-from learnedopt.rules import AdamLSTMRule, LSTMRule, MetaLSTMRule, Segments, State, UpdateRule
+from learnedopt.kernels.means import ADAM_LSTM, FORMS, SCHEDULE_FREE_LSTM, TakesMeans, statistics_from_sums
+from learnedopt.kernels.state import LOW, SCALE
+from learnedopt.rules import (
+    AdamLSTMRule,
+    LSTMRule,
+    MetaLSTMRule,
+    ScheduleFreeLSTMRule,
+    Segments,
+    State,
+    UpdateRule,
+)
 
 CHUNK, BLOCK, WARPS = 1024, 64, 8
 """Coordinates of one program, those it works on at once, and its warps: what its tiles take stays in registers."""
@@ -48,6 +56,8 @@ class TritonBackend(Backend):
         if type(case.rule) not in _CODES:
             known = ", ".join(rule.__name__ for rule in _CODES)
             return f"it knows the rules {known}, and this is {type(case.rule).__name__}"
+        if isinstance(case.rule, ScheduleFreeLSTMRule) and case.rule.lstm is None:
+            return "it takes rules that have an LSTM, and this has none"
         if (units := case.rule.config.hidden_size) > LARGEST:  # type: ignore[attr-defined]
             return f"it takes rules of up to {LARGEST} units, and this has {units}"
         return None
@@ -56,26 +66,24 @@ class TritonBackend(Backend):
         return "Triton's interpreter is for tests" if _interpreted() else None
 
     def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
-        if not isinstance(rule, AdamLSTMRule):  # the others look at no coordinate
+        if not isinstance(rule, TakesMeans):  # the others look at no coordinate
             none = torch.empty(0, dtype=tensors.dtype, device=tensors.device)
             return rule.statistics(none, none, {}, Segments([0] * len(tensors.params)), loss)
-        config = rule.config
+        form, settings = FORMS[type(rule)], _weights(rule).settings
 
         def sums(corrections: Tensor) -> Tensor:
-            totals = torch.zeros_like(corrections)
+            totals = corrections.new_zeros(form.sums, corrections.shape[1])
             work = _Work(rule, tensors)
             for launch in work.launches:
-                parts = torch.empty(len(launch.chunks), 3, device=tensors.device)
+                parts = torch.empty(len(launch.chunks), form.sums, device=tensors.device)
                 _kernels().sums_kernel[(len(parts),)](
                     work.table,
                     launch.chunks,
                     corrections,
                     len(tensors.params),
                     parts,
-                    config.fast_decay,
-                    config.slow_decay,
-                    config.square_decay,
-                    config.eps,
+                    *(settings[name] for name in ("decay0", "decay1", "decay2", "rest0", "rest1", "eps")),
+                    RULE=settings["RULE"],
                     MAXIMIZE=tensors.maximize,
                     PARAM=launch.param,
                     GRAD=launch.grad,
@@ -164,13 +172,14 @@ _READY: WeakKeyDictionary[UpdateRule, _Weights] = WeakKeyDictionary()
 
 def _weights(rule: UpdateRule) -> _Weights:
     if rule not in _READY:
-        assert isinstance(rule, LSTMRule | MetaLSTMRule | AdamLSTMRule)
+        assert isinstance(rule, LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule)
         _READY[rule] = _make_weights(rule)
     return _READY[rule]
 
 
-def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule) -> _Weights:
+def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule) -> _Weights:
     lstm = rule.lstm
+    assert lstm is not None
     units = lstm.hidden_size
     padded = max(16, 1 << (units - 1).bit_length())  # what triton takes as the side of a matrix
 
@@ -210,9 +219,8 @@ def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule) -> _Weights:
         "FEATURES": first.shape[1],
         "LOG_SIGN": True,
         "FEEDBACK_IS_GATE": False,
-        **dict.fromkeys(
-            ("p", "scale", "decay0", "decay1", "decay2", "eps", "step_gain", "step_bound", "mix_bound"), 1.0
-        ),
+        **dict.fromkeys(("p", "scale", "decay0", "decay1", "decay2", "rest0", "rest1", "eps"), 1.0),
+        **dict.fromkeys(("step_gain", "step_bound", "mix_bound", "averaging_bound", "interpolation"), 1.0),
     }
 
     def readout(weight: Tensor, others: Tensor, bias: Tensor) -> Tensor:
@@ -255,14 +263,33 @@ def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule) -> _Weights:
                 step_bound=config.log_step_bound,
                 mix_bound=config.mix_bound,
             )
+        case ScheduleFreeLSTMRule():
+            of_features, of_units = rule.readout.weight.split([first.shape[1], units], dim=1)
+            rows = readout(of_units, first.new_zeros(4, 3), rule.readout.bias)
+            rows = torch.cat([rows.flatten(), of_features.flatten()])
+            settings["LOG_SIGN"] = False
+            settings.update(
+                scale=rule.config.nominal_step,
+                decay0=rule.config.momentum_decay,
+                decay1=rule.config.square_decay,
+                rest0=1.0 - rule.config.momentum_decay,
+                rest1=1.0 - rule.config.square_decay,
+                eps=rule.config.eps,
+                step_gain=rule.config.log_step_gain,
+                step_bound=rule.config.log_step_bound,
+                mix_bound=rule.config.mix_bound,
+                averaging_bound=rule.config.log_averaging_bound,
+                interpolation=rule.config.interpolation,
+            )
     return _Weights((*tensors, rows.contiguous()), settings)
 
 
-_CODES: dict[type[UpdateRule], int] = {LSTMRule: 0, MetaLSTMRule: 1, AdamLSTMRule: 2}
+_CODES: dict[type[UpdateRule], int] = {LSTMRule: 0, MetaLSTMRule: 1, AdamLSTMRule: 2, ScheduleFreeLSTMRule: 3}
 _NUMBERS: dict[type[UpdateRule], tuple[str, ...]] = {
     LSTMRule: (),
     MetaLSTMRule: ("forget", "input"),
-    AdamLSTMRule: MOMENTS,
+    AdamLSTMRule: ADAM_LSTM.numbers,
+    ScheduleFreeLSTMRule: SCHEDULE_FREE_LSTM.numbers,
 }
 """The entries of the state that are one number per coordinate, in the order in which the kernels know them."""
 
@@ -290,11 +317,11 @@ class _Work:
         self._dense = [param.contiguous() for param in tensors.params]
         # Kept here: they must live until the kernel is launched.
         self._grads = [_readable(grad) for grad in tensors.grads]
-        fields = ("h", "h" + SCALE, "c", "c" + SCALE, *_NUMBERS[type(rule)])
+        fields = ("h", "h" + SCALE, "c", "c" + LOW, "c" + SCALE, *_NUMBERS[type(rule)])
         rows = []
         for param, grad, state in zip(self._dense, self._grads, tensors.states):
             entries = [state[name].data_ptr() if name in state else 0 for name in fields]
-            rows.append((param.data_ptr(), grad.data_ptr(), param.numel(), *entries, *[0] * (7 - len(entries))))
+            rows.append((param.data_ptr(), grad.data_ptr(), param.numel(), *entries, *[0] * (8 - len(entries))))
         stream = torch.cuda.current_stream(tensors.device).cuda_stream if tensors.device.type == "cuda" else 0
         self.table = _TABLES.on_device(tuple(rows), tensors.device, stream)
         dtypes = tuple((param.dtype, grad.dtype) for param, grad in zip(self._dense, self._grads))

@@ -16,10 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FIELDS = ("param", "grad", "size", "h", "h_scale", "c", "c_scale", "scalar0", "scalar1", "scalar2")
+FIELDS = ("param", "grad", "size", "h", "h_scale", "c", "c_low", "c_scale", "scalar0", "scalar1", "scalar2")
 _FIELDS = tl.constexpr(len(FIELDS))
 
-LSTM, META_LSTM, ADAM_LSTM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LSTM, META_LSTM, ADAM_LSTM, SCHEDULE_FREE_LSTM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 _ROUND = tl.constexpr(12582912.0)
 """Added to a float32 of less than 2**22 and subtracted again, it leaves the nearest whole number, half to even."""
@@ -37,26 +37,62 @@ def _row(tensors, tensor, field: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_units(values, scales, at, mask, coordinates, size, layer: tl.constexpr, STATE: tl.constexpr):
-    x = tl.load(values + at, mask=mask, other=0).to(tl.float32)
+def _load_units(
+    values, lows, scales, at, size, layer: tl.constexpr, UNITS: tl.constexpr, PADDED: tl.constexpr, STATE: tl.constexpr
+):
+    """A layer's units at some coordinates, ``(PADDED, coordinates)``. ``lows``: of codes of ten bits, else ``None``."""
+    units, here = tl.arange(0, PADDED), at < size
+    inside = (units < UNITS)[:, None] & here[None, :]
+    x = tl.load(values + (layer * UNITS + units)[:, None] * size + at[None, :], mask=inside, other=0).to(tl.float32)
     if tl.int8 == STATE:
-        scale = tl.load(scales + layer * size + coordinates, mask=coordinates < size, other=0.0).to(tl.float32)
-        x = x * tl.abs(x) * (scale * (1.0 / 16129.0))[None, :]
+        scale = tl.load(scales + layer * size + at, mask=here, other=0.0).to(tl.float32)
+        if lows is None:
+            scale = scale * (1.0 / 16129.0)
+        else:
+            row = layer * ((UNITS + 3) // 4) + units // 4
+            low = tl.load(lows + row[:, None] * size + at[None, :], mask=inside, other=0).to(tl.int32)
+            x = 4.0 * x + ((low >> (2 * (units % 4))[:, None]) & 3).to(tl.float32)
+            scale = scale * (1.0 / 261121.0)
+        x = x * tl.abs(x) * scale[None, :]
     return x
 
 
 @triton.jit
-def _store_units(values, scales, at, mask, coordinates, size, x, layer: tl.constexpr, STATE: tl.constexpr):
+def _store_units(
+    values,
+    lows,
+    scales,
+    at,
+    size,
+    x,
+    layer: tl.constexpr,
+    UNITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    units, here = tl.arange(0, PADDED), at < size
+    inside = (units < UNITS)[:, None] & here[None, :]
+    values += (layer * UNITS + units)[:, None] * size + at[None, :]
     if tl.int8 == STATE:
         # The sum is zero, but for what is not finite, which a maximum may overlook.
         scale = (tl.max(tl.abs(x), axis=0) + tl.sum(x * 0.0, axis=0)).to(tl.bfloat16)
-        tl.store(scales + layer * size + coordinates, scale, mask=coordinates < size)
-        codes = tl.sqrt(tl.abs(x) * (16129.0 / tl.maximum(scale.to(tl.float32), 1e-30))[None, :])
-        codes = (codes + _ROUND) - _ROUND
-        codes = tl.where(codes == codes, tl.where(x < 0.0, -codes, codes), 0.0)
-        tl.store(values + at, codes.to(tl.int8), mask=mask)
+        tl.store(scales + layer * size + at, scale, mask=here)
+        most: tl.constexpr = 127.0 if lows is None else 511.0
+        codes = tl.sqrt(tl.abs(x) * (most * most / tl.maximum(scale.to(tl.float32), 1e-30))[None, :])
+        codes = tl.minimum((codes + _ROUND) - _ROUND, most, tl.PropagateNan.ALL)
+        codes = tl.where(codes == codes, tl.where(x < 0.0, -codes, codes), 0.0).to(tl.int32)
+        if lows is None:
+            tl.store(values, codes.to(tl.int8), mask=inside)
+        else:
+            tl.store(values, (codes >> 2).to(tl.int8), mask=inside)
+            digits = (codes & 3) << (2 * (units % 4))[:, None]
+            low = tl.sum(tl.reshape(digits, (PADDED // 4, 4, at.shape[0])), axis=1)
+            rows: tl.constexpr = (UNITS + 3) // 4
+            row = tl.arange(0, PADDED // 4)
+            to = lows + (layer * rows + row)[:, None] * size + at[None, :]
+            tl.store(to, low.to(tl.uint8), mask=(row < rows)[:, None] & here[None, :])
     else:
-        tl.store(values + at, x.to(STATE), mask=mask)
+        tl.store(values, x.to(STATE), mask=inside)
 
 
 @triton.jit
@@ -90,6 +126,18 @@ def _directions(grad, fast, slow, square, corrections, column, num_tensors, deca
 
 
 @triton.jit
+def _averages(grad, momentum, square, corrections, column, num_tensors, decay0, decay1, rest0, rest1, eps):
+    """New moments, and the momentum and the gradient over the running RMS; ``rest`` is one minus ``decay``."""
+    grad = _within(grad, 9.223371873002223e18)  # half the root of the largest float32
+    momentum = decay0 * momentum + rest0 * grad
+    square = decay1 * square + rest1 * (grad * grad)
+    correction0 = tl.load(corrections + column)
+    correction1 = tl.load(corrections + num_tensors + column)
+    rms = tl.sqrt(_at_least(square * correction1, 1.1754943508222875e-38)) + eps
+    return momentum, square, momentum * correction0 / rms, grad / rms
+
+
+@triton.jit
 def _split(x):
     """What float16 holds of numbers of at most one, and what it leaves over: together 22 bits."""
     high = x.to(tl.float16)
@@ -103,6 +151,16 @@ def _product(weights, rest: tl.constexpr, high, low, z):
     z = tl.dot(weights_low, high, z)
     z = tl.dot(weights_high, low, z)
     return tl.dot(weights_high, high, z)
+
+
+@triton.jit
+def _of_features(weights, statistics, column, num_tensors, x0, x1, x2, x3):
+    """What the features of the Schedule-Free LSTM contribute to one output."""
+    shared = tl.load(weights + 4) * tl.load(statistics + 4 * num_tensors + column)
+    for k in tl.static_range(1, 6):
+        shared += tl.load(weights + 4 + k) * tl.load(statistics + (4 + k) * num_tensors + column)
+    own = tl.load(weights) * x0 + tl.load(weights + 1) * x1 + tl.load(weights + 2) * x2 + tl.load(weights + 3) * x3
+    return own + shared
 
 
 @triton.jit
@@ -125,10 +183,14 @@ def step_kernel(
     decay0,
     decay1,
     decay2,
+    rest0,
+    rest1,
     eps,
     step_gain,
     step_bound,
     mix_bound,
+    averaging_bound,
+    interpolation,
     RULE: tl.constexpr,
     LOG_SIGN: tl.constexpr,
     FEEDBACK_IS_GATE: tl.constexpr,
@@ -149,7 +211,8 @@ def step_kernel(
 
     Weights are ``features (4, FEATURES, PADDED)``, ``recurrent (2, LAYERS, 4, PADDED, PADDED)`` in two float16 each,
     ``below`` the same for the layers above the first, ``biases (LAYERS, 4, PADDED)`` and
-    ``readout (outputs, PADDED + 4)``. Gates are in the order of the rule: input, forget, cell, output.
+    ``readout (outputs, PADDED + 4)``, followed by ``(outputs, FEATURES)`` where the read-out has the features too.
+    Gates are in the order of the rule: input, forget, cell, output.
     """
     if SKIP:  # noqa: SIM102, the one is known when this is compiled, the other is not
         if tl.load(skip_at) != 0:
@@ -162,7 +225,8 @@ def step_kernel(
     size = tl.load(tensors + tensor * _FIELDS + 2)
     params, grads = _row(tensors, tensor, 0, PARAM), _row(tensors, tensor, 1, GRAD)
     hs, cs = _row(tensors, tensor, 3, STATE), _row(tensors, tensor, 5, STATE)
-    h_scales, c_scales = _row(tensors, tensor, 4, tl.bfloat16), _row(tensors, tensor, 6, tl.bfloat16)
+    c_lows = _row(tensors, tensor, 6, tl.uint8)
+    h_scales, c_scales = _row(tensors, tensor, 4, tl.bfloat16), _row(tensors, tensor, 7, tl.bfloat16)
     units = tl.arange(0, PADDED)
     square_at = units[:, None] * PADDED + units[None, :]
 
@@ -177,9 +241,9 @@ def step_kernel(
         x0, x1, x2, x3, x4 = grad, grad, grad, grad, grad
         if RULE == ADAM_LSTM:
             fasts, slows, squares = (
-                _row(tensors, tensor, 7, tl.float32),
                 _row(tensors, tensor, 8, tl.float32),
                 _row(tensors, tensor, 9, tl.float32),
+                _row(tensors, tensor, 10, tl.float32),
             )
             fast = tl.load(fasts + at, mask=here, other=0.0)
             slow = tl.load(slows + at, mask=here, other=0.0)
@@ -191,6 +255,18 @@ def step_kernel(
             tl.store(slows + at, slow, mask=here)
             tl.store(squares + at, square, mask=here)
             x3, x4 = tl.abs(x0), tl.abs(x1)
+        offset = grad
+        if RULE == SCHEDULE_FREE_LSTM:
+            momenta, squares = _row(tensors, tensor, 8, tl.float32), _row(tensors, tensor, 9, tl.float32)
+            momentum = tl.load(momenta + at, mask=here, other=0.0)
+            square = tl.load(squares + at, mask=here, other=0.0)
+            offset = tl.load(_row(tensors, tensor, 10, tl.float32) + at, mask=here, other=0.0)
+            momentum, square, x0, x1 = _averages(
+                grad, momentum, square, statistics, tensor, num_tensors, decay0, decay1, rest0, rest1, eps
+            )
+            tl.store(momenta + at, momentum, mask=here)
+            tl.store(squares + at, square, mask=here)
+            x2, x3 = tl.abs(x0), offset * tl.load(statistics + 3 * num_tensors + tensor)
         if RULE == META_LSTM:
             grad = grad / scale
         if LOG_SIGN:
@@ -198,12 +274,10 @@ def step_kernel(
 
         top = tl.zeros((PADDED, BLOCK), dtype=tl.float32)
         for layer in tl.static_range(LAYERS):
-            tile = (layer * UNITS + units)[:, None] * size + at[None, :]
-            inside = (units < UNITS)[:, None] & here[None, :]
-            h = _load_units(hs, h_scales, tile, inside, at, size, layer, STATE)
+            h = _load_units(hs, None, h_scales, at, size, layer, UNITS, PADDED, STATE)
             high, low = _split(h)
             below_high, below_low = _split(top)
-            cell = _load_units(cs, c_scales, tile, inside, at, size, layer, STATE)
+            cell = _load_units(cs, c_lows, c_scales, at, size, layer, UNITS, PADDED, STATE)
             update = tl.zeros((PADDED, BLOCK), dtype=tl.float32)
             output = tl.zeros((PADDED, BLOCK), dtype=tl.float32)
             for gate in tl.static_range(4):
@@ -216,14 +290,19 @@ def step_kernel(
                     for k in tl.static_range(4):
                         shared = tl.load(statistics + (3 + k) * num_tensors + tensor)
                         bias += tl.load(weights + (5 + k) * PADDED) * shared
+                if layer == 0 and RULE == SCHEDULE_FREE_LSTM:
+                    for k in tl.static_range(6):
+                        shared = tl.load(statistics + (4 + k) * num_tensors + tensor)
+                        bias += tl.load(weights + (4 + k) * PADDED) * shared
                 z = tl.broadcast_to(bias[:, None], (PADDED, BLOCK))
                 if layer == 0:
                     z += tl.load(weights)[:, None] * x0[None, :]
-                    if LOG_SIGN or RULE == ADAM_LSTM:
+                    if LOG_SIGN or RULE >= ADAM_LSTM:
                         z += tl.load(weights + PADDED)[:, None] * x1[None, :]
-                    if RULE == ADAM_LSTM:
+                    if RULE >= ADAM_LSTM:
                         z += tl.load(weights + 2 * PADDED)[:, None] * x2[None, :]
                         z += tl.load(weights + 3 * PADDED)[:, None] * x3[None, :]
+                    if RULE == ADAM_LSTM:
                         z += tl.load(weights + 4 * PADDED)[:, None] * x4[None, :]
                 else:
                     weights_below = below + ((layer - 1) * 4 + gate) * PADDED * PADDED + square_at
@@ -240,8 +319,8 @@ def step_kernel(
                     output = tl.sigmoid(z)
             # A padded unit's cell is zero: half of what it was, plus half of nothing.
             top = output * _tanh(cell)
-            _store_units(hs, h_scales, tile, inside, at, size, top, layer, STATE)
-            _store_units(cs, c_scales, tile, inside, at, size, cell, layer, STATE)
+            _store_units(hs, None, h_scales, at, size, top, layer, UNITS, PADDED, STATE)
+            _store_units(cs, c_lows, c_scales, at, size, cell, layer, UNITS, PADDED, STATE)
 
         row: tl.constexpr = PADDED + 4
         out = tl.sum(tl.load(readout + units)[:, None] * top, axis=0) + tl.load(readout + PADDED + 3)
@@ -250,7 +329,7 @@ def step_kernel(
         else:
             second = tl.sum(tl.load(readout + row + units)[:, None] * top, axis=0) + tl.load(readout + row + PADDED + 3)
             if RULE == META_LSTM:
-                forgets, inputs = _row(tensors, tensor, 7, tl.float32), _row(tensors, tensor, 8, tl.float32)
+                forgets, inputs = _row(tensors, tensor, 8, tl.float32), _row(tensors, tensor, 9, tl.float32)
                 out += tl.load(readout + PADDED) * param
                 out += tl.load(readout + PADDED + 1) * tl.load(forgets + at, mask=here, other=0.0)
                 second += tl.load(readout + row + PADDED) * param
@@ -262,9 +341,27 @@ def step_kernel(
             else:
                 third = tl.sum(tl.load(readout + 2 * row + units)[:, None] * top, axis=0)
                 third += tl.load(readout + 2 * row + PADDED + 3)
+                if RULE == SCHEDULE_FREE_LSTM:
+                    fourth = tl.sum(tl.load(readout + 3 * row + units)[:, None] * top, axis=0)
+                    fourth += tl.load(readout + 3 * row + PADDED + 3)
+                    of_features = readout + 4 * row
+                    out += _of_features(of_features, statistics, tensor, num_tensors, x0, x1, x2, x3)
+                    second += _of_features(of_features + 10, statistics, tensor, num_tensors, x0, x1, x2, x3)
+                    third += _of_features(of_features + 20, statistics, tensor, num_tensors, x0, x1, x2, x3)
+                    fourth += _of_features(of_features + 30, statistics, tensor, num_tensors, x0, x1, x2, x3)
                 log_step = step_bound * _tanh(out * (step_gain / step_bound))
                 mix0, mix1 = mix_bound * _tanh(second / mix_bound), mix_bound * _tanh(third / mix_bound)
-                delta = -scale * tl.exp(log_step) * ((1.0 + mix0) * x0 + mix1 * x1)
+                if RULE == SCHEDULE_FREE_LSTM:
+                    move = scale * tl.exp(log_step) * ((1.0 + mix0) * x1 + mix1 * x0)
+                    nominal = tl.load(statistics + 2 * num_tensors + tensor)
+                    weight = nominal * tl.exp(averaging_bound * _tanh(fourth / averaging_bound))
+                    weight = tl.minimum(weight, 1.0, tl.PropagateNan.ALL)
+                    # What the average takes of the offset goes to the parameters, and what is left stays.
+                    offset = offset - interpolation * move
+                    delta = weight * offset - (1.0 - interpolation) * move
+                    tl.store(_row(tensors, tensor, 10, tl.float32) + at, (1.0 - weight) * offset, mask=here)
+                else:
+                    delta = -scale * tl.exp(log_step) * ((1.0 + mix0) * x0 + mix1 * x1)
         moved = param * (1.0 - lr * weight_decay) + lr * delta
         tl.store(params + at, tl.where(lr == 0.0, param, moved).to(PARAM), mask=here)
 
@@ -279,13 +376,17 @@ def sums_kernel(
     decay0,
     decay1,
     decay2,
+    rest0,
+    rest1,
     eps,
+    RULE: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """What :class:`AdamLSTMRule` takes the means of, added up over each chunk: ``sums (chunks, 3)``."""
+    """What :class:`AdamLSTMRule` or :class:`ScheduleFreeLSTMRule` takes the means of, added up over each chunk: ``sums
+    (chunks, 3)`` or ``(chunks, 5)``."""
     chunk = tl.program_id(0)
     tensor = tl.load(chunks + 2 * chunk)
     at = tl.load(chunks + 2 * chunk + 1) + tl.arange(0, CHUNK)
@@ -294,12 +395,20 @@ def sums_kernel(
     grad = tl.load(_row(tensors, tensor, 1, GRAD) + at, mask=here, other=0.0).to(tl.float32)
     if MAXIMIZE:
         grad = -grad
-    fast = tl.load(_row(tensors, tensor, 7, tl.float32) + at, mask=here, other=0.0)
-    slow = tl.load(_row(tensors, tensor, 8, tl.float32) + at, mask=here, other=0.0)
-    square = tl.load(_row(tensors, tensor, 9, tl.float32) + at, mask=here, other=0.0)
-    _, _, _, a, b, g = _directions(
-        grad, fast, slow, square, corrections, tensor, num_tensors, decay0, decay1, decay2, eps
-    )
-    tl.store(sums + 3 * chunk, tl.sum(param * param, axis=0))
-    tl.store(sums + 3 * chunk + 1, tl.sum(a * g, axis=0))
-    tl.store(sums + 3 * chunk + 2, tl.sum(b * b, axis=0))
+    first = tl.load(_row(tensors, tensor, 8, tl.float32) + at, mask=here, other=0.0)
+    second = tl.load(_row(tensors, tensor, 9, tl.float32) + at, mask=here, other=0.0)
+    third = tl.load(_row(tensors, tensor, 10, tl.float32) + at, mask=here, other=0.0)
+    if RULE == SCHEDULE_FREE_LSTM:
+        _, _, a, g = _averages(grad, first, second, corrections, tensor, num_tensors, decay0, decay1, rest0, rest1, eps)
+        to = sums + 5 * chunk
+        tl.store(to + 2, tl.sum(a * a, axis=0))
+        tl.store(to + 3, tl.sum(third * third, axis=0))
+        tl.store(to + 4, tl.sum(third * a, axis=0))
+    else:
+        _, _, _, a, b, g = _directions(
+            grad, first, second, third, corrections, tensor, num_tensors, decay0, decay1, decay2, eps
+        )
+        to = sums + 3 * chunk
+        tl.store(to + 2, tl.sum(b * b, axis=0))
+    tl.store(to, tl.sum(param * param, axis=0))
+    tl.store(to + 1, tl.sum(a * g, axis=0))

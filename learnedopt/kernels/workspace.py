@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.kernels import blocks
+from learnedopt.kernels.state import low_bytes
 
 LIMIT = 2**21
 """Numbers in a workspace, roughly: 8 MiB in float32. Rules that need more rows get smaller blocks."""
@@ -31,7 +32,8 @@ class Sizes:
     @property
     def rows(self) -> int:
         layers = self.layers * (2 * self.hidden + 1) + self.features + 1
-        return layers + 6 * self.hidden + self.extra + self.outputs + self.scalars + 3
+        others = self.extra + self.outputs + self.scalars + 3
+        return layers + 6 * self.hidden + 2 * low_bytes(self.hidden) + others
 
     @property
     def block(self) -> int:
@@ -65,6 +67,7 @@ class Views:
         self.sigmoids, self.tanhs = self.gates[: 3 * hidden], self.gates[3 * hidden :]
         self.input, self.forget, self.output = self.sigmoids.chunk(3)
         self.cell, self.scratch = take(hidden), take(hidden)
+        self.low, self.digits = take(low_bytes(hidden)), take(low_bytes(hidden))
         self.out, self.scalars = take(sizes.outputs), take(sizes.scalars)
         self.scale, self.param, self.grad = take(1), take(1), take(1)
 

@@ -10,6 +10,7 @@ from learnedopt.kernels import extension
 from learnedopt.kernels.training import fused
 from learnedopt.meta.config import MetaTrainConfig
 from learnedopt.rules import UpdateRule
+from learnedopt.rules.recurrent import CoordinatewiseLSTM
 
 
 def computed(rule: UpdateRule, config: MetaTrainConfig) -> tuple[UpdateRule, str]:
@@ -20,12 +21,25 @@ def computed(rule: UpdateRule, config: MetaTrainConfig) -> tuple[UpdateRule, str
     Raises:
         RuntimeError: the native backend was asked for and cannot be had here.
     """
-    suits = next(rule.parameters()).device.type == "cpu" and not config.estimator.perturbs_weights
-    if config.backend == "native" or (config.backend == "auto" and suits and extension.why_unavailable() is None):
-        return fused(rule), "native"
     if config.backend == "compiled":
         return compiled(rule), "compiled"
+    if config.backend == "native" or (config.backend == "auto" and not config.estimator.perturbs_weights):
+        reason = _why_not_native(rule)
+        if reason is None:
+            return fused(rule), "native"
+        if config.backend == "native":
+            raise RuntimeError(f"the native backend was asked for and cannot be had: {reason}")
     return rule, "reference"
+
+
+def _why_not_native(rule: UpdateRule) -> str | None:
+    """As the end of a sentence; ``None`` where the kernels can serve. Compiles them if they might."""
+    if not any(isinstance(module, CoordinatewiseLSTM) for module in rule.modules()):
+        return f"it computes LSTMs, and {type(rule).__name__} has none here"
+    device = next(rule.parameters()).device
+    if device.type != "cpu":
+        return f"it runs on the CPU, and the rule is on {device}"
+    return extension.why_unavailable()
 
 
 def compiled(rule: UpdateRule) -> UpdateRule:

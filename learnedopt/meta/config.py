@@ -81,8 +81,8 @@ class MetaTrainConfig:
     """Windows with a non-finite meta-loss or meta-gradient are skipped; more than this many stop the run."""
     backend: Backend = "reference"
     """What computes the rule: ``"reference"``, the rule itself; ``"native"``, compiled kernels with the same results up
-    to rounding, on the CPU, not for estimators that perturb the weights; ``"compiled"``, ``torch.compile``, and on CUDA
-    captured graphs; ``"auto"``, native where it can be had, else the reference."""
+    to rounding, on the CPU; ``"compiled"``, ``torch.compile``, and on CUDA captured graphs; ``"auto"``, native where it
+    can be had, else the reference. Estimators that perturb the weights run on the reference only."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,9 +122,11 @@ class MetaTrainConfig:
                 f"stages must be lengths of at least 1, need a patience, and exclude curriculum_updates; got stages "
                 f"{self.stages}, patience {self.patience}, curriculum_updates {self.curriculum_updates}"
             )
-        if self.backend == "native" and self.estimator.perturbs_weights:
+        # Each copy has weights of its own there, which kernels do not take and torch.compile silently passes by.
+        if self.backend in ("native", "compiled") and self.estimator.perturbs_weights:
             raise ValueError(
-                f"the native backend cannot run the estimator {kind(self.estimator)!r}, which perturbs weights"
+                f"the {self.backend} backend cannot run the estimator {kind(self.estimator)!r}, which perturbs "
+                "weights: use backend='reference' or 'auto'"
             )
         if self.copies != "auto" and self.copies < self.estimator.fewest_copies:
             raise ValueError(

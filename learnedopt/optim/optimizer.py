@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any, ClassVar, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from learnedopt.kernels import (
     Tensors,
     check_name,
     choose,
+    get_backend,
     keep_state,
     read_state,
     state_layout,
@@ -35,12 +36,16 @@ from learnedopt.optim.sharding import (
     copy_beside,
     local,
     mean_over,
+    most_over,
     spread,
     total_over,
     whole,
     zeros_beside,
 )
 from learnedopt.rules import State, UpdateRule
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Loss = Tensor | float
 NonFinite = Literal["propagate", "skip", "raise"]
@@ -86,7 +91,8 @@ class LearnedOptimizer(Optimizer):
         maximize: Give the rule the negative gradient.
         nonfinite: What to do about gradients that are not finite: ``"propagate"``, ``"skip"`` or ``"raise"``.
         state_dtype: How state is kept between steps: ``torch.float32`` (or wider, see above), ``torch.bfloat16``, or
-            ``torch.int8``; :mod:`learnedopt.kernels.state` says how and what of it. In the groups it is its name.
+            ``torch.int8``, which means eight bits for hidden states and ten for cells; :mod:`learnedopt.kernels.state`
+            says how and what of it. In the groups it is its name.
         backend: What computes the step: ``"auto"``, the fastest that can serve and needs no compiling first, or one
             asked for by name: ``"reference"``, ``"blocked"``, ``"native"`` or ``"triton"``. They agree up to
             rounding. Of the optimizer, not of its groups or its ``state_dict``.
@@ -99,8 +105,9 @@ class LearnedOptimizer(Optimizer):
         RuntimeError: the backend has to be compiled and cannot be.
 
     State per parameter, on its device: ``(*spec.shape, *param.shape)`` for each coordinate-scope entry of the rule's
-    :meth:`~learnedopt.rules.UpdateRule.state_spec`, ``spec.shape`` for each tensor-scope one; in eight bits, a scale
-    ``(*spec.shape[:-1], *param.shape)`` beside each vector.
+    :meth:`~learnedopt.rules.UpdateRule.state_spec`, ``spec.shape`` for each tensor-scope one. With ``torch.int8`` there
+    are, beside each vector, a scale ``(*spec.shape[:-1], *param.shape)`` and, if it accumulates, the lower bits of its
+    units, ``(*spec.shape[:-1], ceil(spec.shape[-1] / 4), *param.shape)``.
 
     >>> from learnedopt.rules import AdamLSTMRule
     >>> weights = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
@@ -140,6 +147,7 @@ class LearnedOptimizer(Optimizer):
         check_name(backend)
         self._asked_backend = backend
         self._backends: dict[Case, Backend] = {}
+        self._agreed: dict[tuple[Case, DeviceMesh | None], Backend] = {}
         self._rules = RuleRegistry()
         self._observed_loss: Loss | None = None
         # The default is loaded when the first group asks for it: each may bring its own rule.
@@ -164,14 +172,17 @@ class LearnedOptimizer(Optimizer):
     def backend(self) -> str:
         """What computes the step of these parameters where they are now; for each device if that differs.
 
-        Under ``torch.compile`` the compiler does, from the reference, unless another backend was asked for.
+        For parameters that are spread over processes it is the same in all of these from the first step on. Under
+        ``torch.compile`` the compiler computes, from the reference, unless another backend was asked for.
 
         >>> from learnedopt.rules import LSTMRule
         >>> LearnedOptimizer([torch.ones(2)], rule=LSTMRule(), backend="blocked").backend
         'blocked'
         """
         chosen = {
-            (case.device, self._choose(case).name): None for group in self.param_groups for case in self._cases(group)
+            (case.device, self._choose(case, mesh).name): None
+            for group in self.param_groups
+            for case, mesh in self._cases(group)
         }
         names = {name for _, name in chosen}
         if len(names) == 1:
@@ -287,7 +298,10 @@ class LearnedOptimizer(Optimizer):
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._asked_backend, self._backends = "auto", {}
+        # What is loaded brings no backend, and that of an optimizer that is there already stays.
+        self.__dict__.setdefault("_asked_backend", "auto")
+        self.__dict__.setdefault("_backends", {})
+        self.__dict__.setdefault("_agreed", {})
         super().__setstate__(state)
         for key, value in {"maximize": False, "nonfinite": "propagate", "state_dtype": "float32"}.items():
             self.defaults.setdefault(key, value)
@@ -309,29 +323,49 @@ class LearnedOptimizer(Optimizer):
             self.defaults.update(self._rules.add(self.default_rule, self.rule_class))
         return {key: self.defaults[key] for key in ("rule", "rule_sha256")}
 
-    def _cases(self, group: dict[str, Any]) -> list[Case]:
-        """What a group asks of backends."""
+    def _cases(self, group: dict[str, Any]) -> list[tuple[Case, DeviceMesh | None]]:
+        """What a group asks of backends, and for tensors spread over which processes."""
         sha256 = group["rule_sha256"]
-        places = [(param.device, self._rules.dtype(sha256, param.dtype.to_real())) for param in group["params"]]
+        places = [
+            (param.device, self._rules.dtype(sha256, param.dtype.to_real()), _mesh(spread(param)))
+            for param in group["params"]
+        ]
         return [
-            Case(self._rules.placed(sha256, device, dtype), device, dtype, group["state_dtype"])
-            for device, dtype in dict.fromkeys(places)
+            (Case(self._rules.placed(sha256, device, dtype), device, dtype, group["state_dtype"]), mesh)
+            for device, dtype, mesh in dict.fromkeys(places)
         ]
 
-    def _choose(self, case: Case) -> Backend:
+    def _choose(self, case: Case, mesh: DeviceMesh | None = None) -> Backend:
         """Chosen once: a step does not change because something was compiled in the meantime."""
         if torch.compiler.is_compiling() and self._asked_backend == "auto":
             return ReferenceBackend()
+        if (case, mesh) in self._agreed:
+            return self._agreed[case, mesh]
         if case not in self._backends:
             self._backends[case], _ = choose(case, self._asked_backend)
         return self._backends[case]
+
+    def _agree(self, case: Case, mesh: DeviceMesh | None) -> Backend:
+        """The choice for tensors that are spread over processes: the same in all of them.
+
+        Each chooses by what is compiled on its own disk, and together they take the slowest of their choices. They are
+        asked in their first step, where all of them are.
+        """
+        backend = self._choose(case, mesh)
+        settled = self._asked_backend != "auto" or torch.compiler.is_compiling() or (case, mesh) in self._agreed
+        if mesh is None or settled:
+            return backend
+        names = get_args(BackendName)  # the fastest first
+        slowest = most_over(mesh, names.index(backend.name), case.device)
+        self._agreed[case, mesh] = get_backend(names[slowest])
+        return self._agreed[case, mesh]
 
     def _place_rule(self, group: dict[str, Any]) -> None:
         """Copy the rule to where a group's parameters are: now, as a copy cannot be part of a compiled step.
 
         And say now if the backend that was asked for cannot serve; of parameters that are nowhere yet, later.
         """
-        for case in self._cases(group):
+        for case, _ in self._cases(group):
             if case.device.type != "meta":
                 self._choose(case)
 
@@ -439,7 +473,7 @@ class LearnedOptimizer(Optimizer):
                 maximize=group["maximize"],
             )
             rule = self._rules.placed(sha256, device, dtype)
-            backend = self._choose(Case(rule, device, dtype, group["state_dtype"]))
+            backend = self._agree(Case(rule, device, dtype, group["state_dtype"]), _mesh(layout))
             with _without_autocast(device):
                 step(
                     backend,
@@ -482,6 +516,10 @@ def _load_state(
     for name, value in values.items():
         local(state[name]).copy_(value.view(local(state[name]).shape))
     return state
+
+
+def _mesh(layout: Spread | None) -> DeviceMesh | None:
+    return None if layout is None else layout[0]
 
 
 def _state_shapes(layout: dict[str, StoredSpec], param: Tensor) -> dict[str, tuple[int, ...]]:

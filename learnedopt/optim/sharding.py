@@ -73,6 +73,14 @@ def mean_over(mesh: DeviceMesh, value: Tensor) -> Tensor:
     return mean
 
 
+def most_over(mesh: DeviceMesh, value: int, device: torch.device) -> int:
+    """The largest of the processes' values."""
+    most = torch.tensor(value, device=device)
+    for dim in range(mesh.ndim):
+        dist.all_reduce(most, dist.ReduceOp.MAX, mesh.get_group(dim))
+    return int(most)
+
+
 def anywhere(flags: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Which flags are set in any of the processes that the tensors are spread over."""
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_distributed(tensor))

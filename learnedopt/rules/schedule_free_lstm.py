@@ -126,10 +126,8 @@ class ScheduleFreeLSTMRule(UpdateRule):
         nn.init.zeros_(self.readout.bias)
 
     def state_spec(self) -> dict[str, StateSpec]:
-        shape = (self.config.num_layers, self.config.hidden_size)
-        units = {"h": StateSpec(shape), "c": StateSpec(shape)} if self.lstm is not None else {}
         return {
-            **units,
+            **(self.lstm.state_spec() if self.lstm is not None else {}),
             "momentum": StateSpec(),
             "square": StateSpec(),
             "offset": StateSpec(),

@@ -38,6 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learnedopt import LearnedOptimizer, MetaLSTMOptimizer
 from learnedopt.kernels import blocks
+from learnedopt.kernels.blocked import BlockedBackend
+from learnedopt.kernels.native import NativeBackend
 from learnedopt.rules import MetaLSTMConfig, MetaLSTMRule
 from tests.optim.reference import CASES, Case, TraceRule, same_bits
 
@@ -342,6 +344,21 @@ def one_process_with_a_bad_gradient_makes_all_raise() -> None:
     net[0].bias.grad.to_local()[0] = torch.inf if dist.get_rank() == 1 else 0.0
     with pytest.raises(RuntimeError, match="not finite: the gradient of parameter 1"):
         optimizer.step()
+
+
+@scenario
+def processes_that_share_tensors_agree_on_the_backend() -> None:
+    """Each chooses by what is compiled on its own disk, and not all backends make the same collective calls."""
+    here = dist.get_rank()
+    with pytest.MonkeyPatch.context() as patch:
+        for backend in (NativeBackend, BlockedBackend) if here == 1 else (NativeBackend,):
+            patch.setattr(backend, "unprepared", lambda self: "it is not compiled here")
+        _, expected = trained_alone(CASES["adam-lstm"], torch.float32, 2)
+        net, optimizer = sharded(CASES["adam-lstm"])
+        assert optimizer.backend == ("blocked", "reference")[here]
+        train_on_my_half(net, optimizer, 2)
+    assert optimizer.backend == "reference"
+    close(optimizer, expected, TOLERANCE[torch.float32])
 
 
 @scenario

@@ -182,10 +182,14 @@ def test_fully_connected_layers_run_on_all_episodes_at_once(layers: list[nn.Modu
     together = apply(module, params, x, tied=tied_names(module))
     alone = []
     for number in range(4):
-        own = copy.deepcopy(module.state_dict()) | {name: value[number] for name, value in params.items()}
-        for name, first in tied_names(module).items():
-            own[name] = own[first]
+        own = {name: value[number] for name, value in params.items()}
+        clone = copy.deepcopy(module)  # shares within itself what the module shares
+        with torch.no_grad():
+            for name, weight in clone.named_parameters():
+                weight.copy_(own.get(name, weight))
+        own |= {name: own[first] for name, first in tied_names(module).items() if first in own}
         alone.append(torch.func.functional_call(module, own, (x[number],), tie_weights=False))
+        torch.testing.assert_close(alone[number], clone(x[number]))
         one = {name: value[number : number + 1] for name, value in params.items()}
         found = apply(module, one, x[number : number + 1], tied=tied_names(module))
         torch.testing.assert_close(found[0], alone[number])

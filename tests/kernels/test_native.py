@@ -18,7 +18,8 @@ from learnedopt.rules import RULES, AdamLSTMRule, LSTMRule, MetaLSTMRule, State,
 
 # Below, of, and above a tile of 48, and none; neighbours share tiles.
 SHAPES = [(7, 13), (), (3,), (100,), (0,), (5, 20), (49,), (1,), (48,), (300, 4)]
-each_kind = pytest.mark.parametrize("kind", ["lstm", "adam_lstm", "meta_lstm"])
+each_kind = pytest.mark.parametrize("kind", ["lstm", "adam_lstm", "meta_lstm", "schedule_free_lstm"])
+takes_means = pytest.mark.parametrize("kind", ["adam_lstm", "schedule_free_lstm"])
 each_state_dtype = pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 
 
@@ -147,6 +148,10 @@ def test_a_step_from_any_state_is_the_references(
         {"kind": "adam_lstm", "hidden_size": 5, "fast_decay": 0.3, "slow_decay": 0.999, "square_decay": 0.9},
         {"kind": "adam_lstm", "nominal_step": 0.1, "eps": 1e-3, "mix_bound": 0.5, "log_step_bound": 2.0},
         {"kind": "adam_lstm", "max_time": 2.0, "log_step_gain": 0.5},
+        {"kind": "schedule_free_lstm", "hidden_size": 5, "momentum_decay": 0.3, "square_decay": 0.9, "eps": 1e-3},
+        {"kind": "schedule_free_lstm", "nominal_step": 0.1, "mix_bound": 0.5, "log_step_bound": 2.0, "num_layers": 1},
+        {"kind": "schedule_free_lstm", "interpolation": 0.2, "averaging_power": 0.5, "log_averaging_bound": 0.3},
+        {"kind": "schedule_free_lstm", "max_time": 2.0, "log_step_gain": 0.5, "num_layers": 0},
         {"kind": "meta_lstm", "gate_feedback": "preactivation", "gradient_divisor": 25.0, "preprocessing_p": 7.0},
     ],
     ids=str,
@@ -219,8 +224,9 @@ def test_extreme_gradients_do_what_they_do_to_the_reference(
             assert_close(native.memory(index)[name], values, 1e-5 if state_dtype == "float32" else 2.0**-6)
 
 
-def test_statistics_are_the_rules(generator: Generator) -> None:
-    rule = make_rule("adam_lstm", generator)
+@takes_means
+def test_statistics_are_the_rules(kind: str, generator: Generator) -> None:
+    rule = make_rule(kind, generator)
     problem = make_problem(rule, [*SHAPES, (20000,)], "float32")
     run(problem, NativeBackend(), 2)
     tensors = problem.tensors(gradients(problem.params, generator))
@@ -230,9 +236,10 @@ def test_statistics_are_the_rules(generator: Generator) -> None:
     assert torch.equal(state["step"], expected_state["step"])
 
 
-def test_sums_over_shards_are_asked_for_once(generator: Generator) -> None:
+@takes_means
+def test_sums_over_shards_are_asked_for_once(kind: str, generator: Generator) -> None:
     """Two processes of one half each see the statistics of the whole."""
-    rule = make_rule("adam_lstm", generator)
+    rule = make_rule(kind, generator)
     whole = make_problem(rule, [(90,)], "float32")
     grad = gradients(whole.params, generator)[0]
     expected, _ = NativeBackend().statistics(rule, whole.tensors([grad]), None)
@@ -308,4 +315,4 @@ def test_rules_of_the_package_are_served() -> None:
         for kind in RULES
         if NativeBackend().refusal(Case(build_rule({"kind": kind}), torch.device("cpu"), torch.float32, "int8")) is None
     ]
-    assert {"lstm", "adam_lstm", "meta_lstm"} <= set(served)
+    assert {"lstm", "adam_lstm", "meta_lstm", "schedule_free_lstm"} <= set(served)

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from learnedopt.kernels import extension
 from learnedopt.kernels.training import NativeLSTM, fused
 from learnedopt.meta import start_episode, unroll
-from learnedopt.rules import UpdateRule
+from learnedopt.rules import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule, UpdateRule
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
 from tests.meta.support import FAMILIES, KINDS, random_rule
 
@@ -244,3 +244,8 @@ def test_the_fused_rule_shares_everything_and_changes_nothing(kind: str) -> None
     assert all(mine is its for mine, its in zip(rule.parameters(), fast.parameters()))
     twin = copy.deepcopy(fast)
     assert not {id(mine) for mine in twin.parameters()} & {id(its) for its in rule.parameters()}
+
+
+def test_a_rule_without_an_lstm_is_left_as_it_is() -> None:
+    rule = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0))
+    assert fused(rule) is rule

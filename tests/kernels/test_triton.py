@@ -17,7 +17,7 @@ from torch import Tensor
 
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import Case, get_backend, state_layout, triton_backend
-from learnedopt.kernels.state import CODES
+from learnedopt.kernels.state import CODES, FINE_CODES
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
@@ -25,8 +25,11 @@ from learnedopt.rules import (
     LSTMRule,
     MetaLSTMConfig,
     MetaLSTMRule,
+    ScheduleFreeLSTMConfig,
+    ScheduleFreeLSTMRule,
     UpdateRule,
 )
+from tests.kernels.support import whole_codes
 
 ROOT = Path(__file__).parents[2]
 RULES: dict[str, Callable[[], UpdateRule]] = {
@@ -37,6 +40,7 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
         MetaLSTMConfig(hidden_size=6, gate_feedback="preactivation", gradient_divisor=3.0)
     ),
     "adam-lstm": lambda: AdamLSTMRule(AdamLSTMConfig(hidden_size=8)),
+    "schedule-free": lambda: ScheduleFreeLSTMRule(),
 }
 SHAPES: tuple[tuple[int, ...], ...] = ((5, 3), (), (0, 2), (7,), (150,))
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-5}
@@ -108,13 +112,37 @@ def compare(
             assert left.dtype == right.dtype == spec.dtype
             if spec.dtype == torch.int8:
                 # Of what the codes stand for: near zero a small difference is several codes.
-                left, right = (codes.float() * codes.abs() / CODES**2 for codes in (left, right))
+                most = FINE_CODES if f"{entry}_low" in layout else CODES
+                codes = (whole_codes(state, entry) for state in (actual.state[one], expected.state[two]))
+                left, right = (values * values.abs() / most**2 for values in codes)
                 torch.testing.assert_close(left, right, rtol=0.0, atol=4e-2)
-            else:
+            elif spec.dtype != torch.uint8:  # of which codes are a part
                 slack = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[spec.dtype]
                 if state_dtype != torch.float32:
                     slack = 2e-2
                 torch.testing.assert_close(left, right, rtol=slack, atol=slack, equal_nan=True)
+
+
+def compare_codes(name: str, device: torch.device) -> None:
+    """A step from state in few bits: every code is that of the reference, or the one beside it."""
+    expected = run(name, "reference", device, torch.float32, torch.int8, 3, nonfinite="skip")
+    params = [param.detach().clone().requires_grad_() for param in expected.param_groups[0]["params"]]
+    actual = LearnedOptimizer(params, trained(RULES[name]()), state_dtype=torch.int8, backend="triton")
+    actual.load_state_dict(expected.state_dict())
+    assert actual.backend == "triton"
+    for optimizer in (expected, actual):
+        generator = torch.Generator().manual_seed(2)
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.randn(param.shape, generator=generator).to(device)
+        optimizer.step(loss=1.0)
+    for one, two in zip(params, expected.param_groups[0]["params"]):
+        for entry, most in (("h", CODES), ("c", FINE_CODES)):
+            left, right = actual.state[one], expected.state[two]
+            # The interpreter rounds scales down. Codes are relative to their own, and only the largest goes beyond.
+            factor = (left[f"{entry}_scale"].float() / right[f"{entry}_scale"].float()).sqrt().unsqueeze(1)
+            code = whole_codes(right, entry)
+            limit = torch.where(code.abs() < most - 3, 1.05, 2.1)
+            assert bool(((whole_codes(left, entry) * factor - code).abs() <= limit).all())
 
 
 def main() -> None:
@@ -127,8 +155,11 @@ def main() -> None:
         ("lstm", torch.bfloat16, torch.bfloat16),
         ("meta-lstm", torch.float16, torch.int8),
         ("adam-lstm", torch.bfloat16, torch.int8),
+        ("schedule-free", torch.float16, torch.int8),
     ):
         compare(name, cpu, dtype, state_dtype, steps=2)
+    for name in ("lstm", "lstm, identity", "adam-lstm"):
+        compare_codes(name, cpu)
     compare("lstm, identity", cpu, torch.float32, torch.float32, steps=3, nonfinite="propagate")
     compare("adam-lstm", cpu, torch.float32, torch.int8, steps=3, nonfinite="propagate")
     compare("meta-lstm", cpu, torch.float32, torch.float32, steps=2, lr=0.0)
@@ -151,6 +182,8 @@ def test_it_says_what_it_cannot_serve() -> None:
     assert "float64" in str(backend.refusal(Case(LSTMRule(), cuda, torch.float64, "float32")))
     large = LSTMRule(LSTMConfig(hidden_size=65))
     assert "65" in str(backend.refusal(Case(large, cuda, torch.float32, "float32")))
+    bare = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0))
+    assert "has none" in str(backend.refusal(Case(bare, cuda, torch.float32, "float32")))
 
 
 # On a GPU ----------------------------------------------------------------------------------------------------------
@@ -168,7 +201,13 @@ def test_on_cuda_it_is_the_reference(name: str, dtype: torch.dtype, state_dtype:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", ["lstm", "adam-lstm"])
+@pytest.mark.parametrize("name", RULES)
+def test_on_cuda_every_bit_of_the_state_is_the_references(name: str) -> None:
+    compare_codes(name, torch.device("cuda"))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free"])
 def test_a_step_is_one_launch_and_waits_for_nothing(name: str) -> None:
     cuda = torch.device("cuda")
     optimizer = run(name, "triton", cuda, torch.float32, torch.float32, 2)
@@ -182,7 +221,7 @@ def test_a_step_is_one_launch_and_waits_for_nothing(name: str) -> None:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", ["lstm", "adam-lstm"])
+@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free"])
 def test_a_captured_step_replays(name: str) -> None:
     cuda = torch.device("cuda")
     expected, captured = (

@@ -127,6 +127,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def main(folder: Path, processes: int, kills: int) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)  # where processes meet before a run makes it
     random.seed(0)
     finished = [finish(start(folder / "whole", processes, 0))]
     reached, done = [], 0

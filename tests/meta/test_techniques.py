@@ -21,8 +21,9 @@ from learnedopt.meta import (
     TruncatedBPTT,
     copies_that_fit,
 )
+from learnedopt.meta.backends import computed
 from learnedopt.meta.memory import MOST, free_memory
-from learnedopt.rules import AdamLSTMConfig, LSTMConfig, RuleConfig, build_rule
+from learnedopt.rules import AdamLSTMConfig, LSTMConfig, LSTMRule, RuleConfig, UpdateRule, build_rule
 from learnedopt.tasks import Quadratics
 from tests.meta.support import SMALL_MLP, assert_same
 
@@ -232,10 +233,40 @@ def test_the_native_backend_trains_alike(rule: RuleConfig) -> None:
         torch.testing.assert_close(fast._weights()[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_what_perturbs_weights_is_not_run_by_the_native_backend() -> None:
-    assert MetaTrainer(RULE, FAMILY, replace(CONFIG, estimator=ES(), backend="auto")).backend == "reference"
-    with pytest.raises(ValueError, match="the native backend cannot run the estimator 'es'"):
-        replace(CONFIG, estimator=ES(), backend="native")
+@pytest.mark.parametrize("name", [name for name, estimator in ESTIMATORS.items() if estimator.perturbs_weights])
+def test_what_perturbs_weights_is_run_by_the_reference_only(name: str) -> None:
+    config = replace(CONFIG, estimator=ESTIMATORS[name]())  # type: ignore[arg-type]
+    assert MetaTrainer(RULE, FAMILY, replace(config, backend="auto")).backend == "reference"
+    for backend in ("native", "compiled"):
+        with pytest.raises(ValueError, match=f"the {backend} backend cannot run the estimator '{name}'"):
+            replace(config, backend=backend)
+
+
+class WithoutLSTM(LSTMRule):
+    def __init__(self) -> None:
+        super().__init__(RULE)
+        del self.lstm
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (WithoutLSTM(), "it computes LSTMs, and WithoutLSTM has none"),
+        (LSTMRule(RULE).to("meta"), "it runs on the CPU, and the rule is on meta"),
+    ],
+    ids=["no LSTM", "elsewhere"],
+)
+def test_what_the_kernels_cannot_compute_is_not_called_native(rule: UpdateRule, reason: str) -> None:
+    assert computed(rule, replace(CONFIG, backend="auto")) == (rule, "reference")
+    with pytest.raises(RuntimeError, match=f"the native backend was asked for and cannot be had: {reason}"):
+        computed(rule, replace(CONFIG, backend="native"))
+
+
+def test_without_a_compiler_the_native_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "why_unavailable", lambda: "no C++ compiler")
+    assert MetaTrainer(RULE, FAMILY, replace(CONFIG, backend="auto")).backend == "reference"
+    with pytest.raises(RuntimeError, match=r"cannot be had: no C\+\+ compiler"):
+        MetaTrainer(RULE, FAMILY, replace(CONFIG, backend="native"))
 
 
 def test_episodes_have_random_numbers_of_their_own() -> None:

@@ -18,6 +18,8 @@ from learnedopt.rules import (
     MetaLSTMConfig,
     MetaLSTMRule,
     RuleConfig,
+    ScheduleFreeLSTMConfig,
+    ScheduleFreeLSTMRule,
     Segments,
     State,
     StateSpec,
@@ -43,7 +45,7 @@ class TraceRule(UpdateRule):
 
     def state_spec(self) -> dict[str, StateSpec]:
         return {
-            "traces": StateSpec((2, 1)),
+            "traces": StateSpec((2, 1), accumulates=True),
             "last": StateSpec(),
             "means": StateSpec((3,), scope="tensor"),
             "steps": StateSpec(scope="tensor"),
@@ -96,6 +98,9 @@ CASES = {
     "lstm": Case(LSTMOptimizer, lambda: trained(LSTMRule(LSTMConfig(hidden_size=4)))),
     "meta-lstm": Case(MetaLSTMOptimizer, lambda: trained(MetaLSTMRule(MetaLSTMConfig(hidden_size=4)))),
     "adam-lstm": Case(LearnedOptimizer, lambda: trained(AdamLSTMRule(AdamLSTMConfig(hidden_size=4)))),
+    "schedule-free": Case(
+        LearnedOptimizer, lambda: trained(ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(hidden_size=4)))
+    ),
     "trace": Case(LearnedOptimizer, TraceRule),
 }
 

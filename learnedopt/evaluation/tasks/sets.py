@@ -99,8 +99,8 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
         _fixed("sorting", "attention", sequences.sorting_transformer, "post-norm, no mask, numbers for characters"),
     ),
     "heldout": (
-        _fixed("wide-mlp", "dense", perceptrons.wide_mlp, "4 times the widest trained on; other images, 26 classes"),
-        _fixed("deep-tanh", "dense", perceptrons.deep_tanh, "10 hidden layers, trained on up to 3; other images"),
+        _fixed("wide-mlp", "dense", perceptrons.wide_mlp, "wider by a third; other images, 26 classes"),
+        _fixed("deep-tanh", "dense", perceptrons.deep_tanh, "10 hidden layers, trained on up to 8; other images"),
         _fixed("residual-quantiles", "dense", perceptrons.residual_quantiles, "residual, SiLU, quantile loss, tabular"),
         _fixed("mlp-mixer", "dense", perceptrons.mlp_mixer, "mixing of patches, residual; other images"),
         _fixed(
@@ -108,12 +108,12 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
         ),
         _fixed("denoising", "convolutional", convolutions.denoising, "dense prediction, L1 loss, photographs"),
         _fixed("row-lstm", "recurrent", sequences.row_lstm, "two layers, sequence classification, other images"),
-        _fixed("gru-names", "recurrent", sequences.gru_names, "width 40, length 16, other text; cell as in training"),
+        _fixed("gru-names", "recurrent", sequences.gru_names, "other text; cell, width and length as in training"),
         _fixed(
             "code-transformer",
             "attention",
             sequences.code_transformer,
-            "four heads, width, length, other text and vocabulary; block as in training",
+            "other text and vocabulary, width, length; heads and block as in training",
         ),
         _fixed("vae", "other", representations.vae, "variational objective, noise in the loss, other images"),
         _fixed("siren", "other", representations.siren, "sine units, coordinates to colours"),

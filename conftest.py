@@ -1,0 +1,13 @@
+"""What pytest collects beside the tests: the doctests of every module that can be imported here."""
+
+from __future__ import annotations
+
+import importlib.util
+
+_TRITON = "learnedopt/kernels/triton_kernels.py"
+
+collect_ignore = [] if importlib.util.find_spec("triton") else [_TRITON]
+
+
+def pytest_report_header() -> str | None:
+    return f"not collected: {_TRITON} (triton is not installed)" if _TRITON in collect_ignore else None
