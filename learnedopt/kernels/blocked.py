@@ -119,7 +119,7 @@ class Block:
         if kept[0].dtype == out.dtype:
             torch.cat(kept, dim=1, out=out)
         else:  # one by one: a concatenation would convert them into memory of its own first
-            for values, room in zip(kept, out.split([values.shape[1] for values in kept], dim=1)):
+            for values, room in zip(kept, self._chunks(out)):
                 room.copy_(values)
         if kept[0].dtype == torch.int8:
             most: float = CODES
@@ -152,7 +152,7 @@ class Block:
         return room
 
     def write(self, name: str, layer: int, values: Tensor) -> None:
-        """Keep new values of an entry. They are overwritten where they are kept in fewer bits."""
+        """Keep new values of an entry."""
         entries = self.entries(name, layer)
         if entries[0].dtype == torch.int8:
             scale, codes = self.views.scale, torch.abs(values, out=self.views.scratch)
@@ -162,12 +162,11 @@ class Block:
             fine = self._is_fine(name)
             most = FINE_CODES if fine else CODES
             codes.mul_(scale.clamp_(min=SMALLEST).reciprocal_().mul_(most**2)).sqrt_().round_()
+            # Not copysign, which takes longer than all of this together.
+            values = codes.clamp_(max=most).mul_(torch.sign(values, out=self.views.spare))
             if fine:
-                torch.copysign(codes.clamp_(max=most), values, out=codes)
-                torch.mul(codes, 1.0 / PER_BYTE, out=values).floor_()
+                values = torch.mul(codes, 1.0 / PER_BYTE, out=self.views.spare).floor_()
                 self._write_low(name + LOW, layer, codes.sub_(values, alpha=PER_BYTE))
-            else:
-                values = torch.copysign(codes, values, out=codes)
         for kept, chunk in zip(entries, self._chunks(values)):
             if kept is not chunk:  # else it was opened, and changed where it is
                 kept.copy_(chunk)

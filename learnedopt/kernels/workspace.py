@@ -33,7 +33,7 @@ class Sizes:
     def rows(self) -> int:
         layers = self.layers * (2 * self.hidden + 1) + self.features + 1
         others = self.extra + self.outputs + self.scalars + 3
-        return layers + 6 * self.hidden + 2 * low_bytes(self.hidden) + others
+        return layers + 7 * self.hidden + 2 * low_bytes(self.hidden) + others
 
     @property
     def block(self) -> int:
@@ -66,7 +66,7 @@ class Views:
         self.gates = take(4 * hidden)
         self.sigmoids, self.tanhs = self.gates[: 3 * hidden], self.gates[3 * hidden :]
         self.input, self.forget, self.output = self.sigmoids.chunk(3)
-        self.cell, self.scratch = take(hidden), take(hidden)
+        self.cell, self.scratch, self.spare = take(hidden), take(hidden), take(hidden)
         self.low, self.digits = take(low_bytes(hidden)), take(low_bytes(hidden))
         self.out, self.scalars = take(sizes.outputs), take(sizes.scalars)
         self.scale, self.param, self.grad = take(1), take(1), take(1)
