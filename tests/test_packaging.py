@@ -70,8 +70,9 @@ def test_the_wheel_holds_the_package_and_the_zoo(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {str(path.relative_to(ROOT)) for path in ROOT.glob("learnedopt/**/*.py")}
-    zoo = {f"learnedopt/{path.relative_to(ROOT)}" for path in ROOT.glob("zoo/*/*")}
-    assert names >= {"learnedopt/py.typed", *package, *zoo}
+    zoo = {f"learnedopt/{path.relative_to(ROOT)}" for path in ROOT.glob("zoo/**/*") if path.is_file()}
+    splits = {str(path.relative_to(ROOT)) for path in ROOT.glob("learnedopt/fewshot/splits/*.json")}
+    assert names >= {"learnedopt/py.typed", *package, *zoo, *splits}
     assert {name.split("/")[0] for name in names} == {"learnedopt", f"learnedopt-{learnedopt.__version__}.dist-info"}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -182,21 +181,15 @@ class Block:
 
     def of_tensors(self, columns: Tensor, room: Tensor) -> Tensor:
         """Numbers of each tensor, ``(K, S)``, for each coordinate: ``(K, n)``, or ``(K, 1)`` if all are alike."""
-        if len(self.parts) == 1:
-            return columns.narrow(1, self.parts[0].index, 1)
-        return torch.index_select(columns, 1, self._tensor_of_each, out=room)
+        own = [columns.narrow(1, part.index, 1) for part in self.parts]
+        if len(own) == 1:
+            return own[0]
+        return torch.cat([column.expand(-1, count) for column, count in zip(own, self._counts)], dim=1, out=room)
 
     def add_to(self, values: Tensor, sums: Tensor) -> None:
         """Add values ``(K, n)`` up over each tensor, ``(K, S)``."""
-        sums.index_add_(1, self._indices, torch.stack([chunk.sum(1) for chunk in self._chunks(values)], dim=1))
-
-    @cached_property
-    def _indices(self) -> Tensor:
-        return torch.tensor([part.index for part in self.parts])
-
-    @cached_property
-    def _tensor_of_each(self) -> Tensor:
-        return self._indices.repeat_interleave(torch.tensor(self._counts))
+        indices = torch.tensor([part.index for part in self.parts])
+        sums.index_add_(1, indices, torch.stack([chunk.sum(1) for chunk in self._chunks(values)], dim=1))
 
     def _chunks(self, values: Tensor) -> Sequence[Tensor]:
         """The columns of each part."""
