@@ -7,7 +7,7 @@ Rows are ``torch.optim.Adam`` in its three implementations, an LSTM optimizer as
 (``nn.LSTMCell`` over a batch of coordinates, and the same in chunks), and ``LearnedOptimizer`` with each backend that
 serves here and each way to keep state, for the 2×20 LSTM and for the default rule. PyLO's optimizers join in where it
 can be imported. Everything runs in one process. Repeats are interleaved, each row once in every round, and the median
-over rounds is what is given.
+over rounds is what is given. A model's many tensors take turns with one tensor of the same size, row by row.
 
 *Time* is that of ``step()`` alone, per parameter; gradients are there already. *State* is the bytes of
 ``optimizer.state`` per parameter. *Extra memory* is the most that torch's allocator held during a step beyond what it
@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ from learnedopt.optim import LearnedOptimizer
 from learnedopt.rules import LSTMRule, UpdateRule, log_sign
 from learnedopt.zoo import load_rule
 
+K = TypeVar("K")
 Shapes = list[tuple[int, ...]]
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 MULTIPLICATIONS = {"lstm": LSTMRule, "default": lambda: load_rule("default")}
@@ -178,15 +179,20 @@ def shapes_of(net: nn.Module) -> Shapes:
     return [tuple(param.shape) for param in net.parameters()]
 
 
-def layouts(sizes: Sequence[int], models: bool) -> dict[str, Shapes]:
-    """Lists of shapes; beside each model, one tensor of its size."""
-    found: dict[str, Shapes] = {f"one tensor, {size:.0e}": [(size,)] for size in sizes}
+def layouts(sizes: Sequence[int], models: bool) -> list[dict[str, Shapes]]:
+    """Lists of shapes, in groups to be timed together: each model with one tensor of its size."""
+    found: list[dict[str, Shapes]] = [{f"one tensor, {size:.0e}": [(size,)]} for size in sizes]
     if models:
         for name, make in (("transformer", Transformer), ("ResNet-18", resnet18)):
             with torch.device("meta"):
-                found[name] = shapes_of(make())
-            found[f"one tensor as large as {name}"] = [(sum(math.prod(shape) for shape in found[name]),)]
+                shapes = shapes_of(make())
+            found.append({name: shapes, single(name): [(sum(math.prod(shape) for shape in shapes),)]})
     return found
+
+
+def single(model: str) -> str:
+    """The layout that a model's is compared with."""
+    return f"one tensor as large as {model}"
 
 
 # Measuring ---------------------------------------------------------------------------------------------------------
@@ -205,9 +211,9 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(works: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Each once in every round, so that what else the machine does hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+def round_robin(works: dict[K, Callable[[], Any]], rounds: int, device: torch.device) -> dict[K, list[float]]:
+    """Seconds of each, once in every round, so that what else the machine does hits all alike."""
+    times: dict[K, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(seconds(work, device))
@@ -249,7 +255,7 @@ def speeds(device: torch.device) -> dict[str, float]:
     a, b, c = (torch.randn(2048, 2048, device=device) for _ in range(3))
     source, target = (torch.zeros(2**27, device=device) for _ in range(2))
     works = {"product": lambda: torch.mm(a, b, out=c), "copy": lambda: target.copy_(source)}
-    times = median_seconds(works, 10, device)
+    times = round_robin(works, 10, device)
     return {
         "flop_per_second": 2 * 2048**3 / min(times["product"]),
         "bytes_per_second": 2 * source.numel() * 4 / min(times["copy"]),
@@ -263,33 +269,40 @@ def floor(rule: str, size: int, state: int, speed: dict[str, float]) -> float:
     return max(2 * weights * size / speed["flop_per_second"], traffic / speed["bytes_per_second"])
 
 
-def measure(shapes: Shapes, rounds: int, device: torch.device, speed: dict[str, float]) -> dict[str, Any]:
-    size = sum(math.prod(shape) for shape in shapes)
+def measure(group: dict[str, Shapes], rounds: int, device: torch.device, speed: dict[str, float]) -> dict[str, Any]:
+    """Every row on every layout of the group, layouts in turn within each round."""
     results: dict[str, Any] = {}
-    steps: dict[str, Callable[[], Any]] = {}
+    for layout, shapes in group.items():
+        size = sum(math.prod(shape) for shape in shapes)
+        results[layout] = {"parameters": size, "tensors": len(shapes), "rows": {}}
+    steps: dict[tuple[str, str], Callable[[], Any]] = {}
     for row in rows(device):
         if size > row.largest:
             continue
-        params = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
-        for param in params:
-            param.grad = torch.randn_like(param)
-        optimizer = row.make(params)
-        optimizer.step()  # makes the state
-        state = state_bytes(optimizer)
-        results[row.name] = {
-            "state_bytes_per_parameter": state / size,
-            "extra_memory_bytes": extra_memory(optimizer.step, device),
-            "floor_seconds": floor(row.rule, size, state, speed) if row.rule else None,
-        }
-        if size * 400 > 1e9:  # too large to keep all of them: measured one after the other
-            results[row.name]["seconds"] = median_seconds({row.name: optimizer.step}, rounds, device)[row.name]
-        else:
-            steps[row.name] = optimizer.step
-    for name, times in median_seconds(steps, rounds, device).items():
-        results[name]["seconds"] = times
-    for result in results.values():
-        result["ns_per_parameter"] = 1e9 * statistics.median(result["seconds"]) / size
-    return {"parameters": size, "tensors": len(shapes), "rows": results}
+        for layout, shapes in group.items():
+            params = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer = row.make(params)
+            optimizer.step()  # makes the state
+            state = state_bytes(optimizer)
+            results[layout]["rows"][row.name] = {
+                "state_bytes_per_parameter": state / size,
+                "extra_memory_bytes": extra_memory(optimizer.step, device),
+                "floor_seconds": floor(row.rule, size, state, speed) if row.rule else None,
+            }
+            steps[layout, row.name] = optimizer.step
+        if size * 400 > 1e9:  # too large to keep those of all rows: measured one row after the other
+            record(results, round_robin(steps, rounds, device))
+            steps.clear()
+    record(results, round_robin(steps, rounds, device))
+    return results
+
+
+def record(results: dict[str, Any], times: dict[tuple[str, str], list[float]]) -> None:
+    for (layout, row), found in times.items():
+        ns = 1e9 * statistics.median(found) / results[layout]["parameters"]
+        results[layout]["rows"][row] |= {"seconds": found, "ns_per_parameter": ns}
 
 
 # Whole training steps ----------------------------------------------------------------------------------------------
@@ -338,7 +351,7 @@ def end_to_end(rounds: int, device: torch.device, quick: bool) -> dict[str, Any]
             if isinstance(optimizer, LearnedOptimizer):
                 optimizer_name = f"{optimizer_name.split(',')[0]}, {optimizer.backend}"
             steps[optimizer_name] = optimizer.step
-        times = median_seconds({"forward and backward": gradients, **steps}, rounds, device)
+        times = round_robin({"forward and backward": gradients, **steps}, rounds, device)
         model = statistics.median(times["forward and backward"])
         results[name] = {
             "parameters": sum(param.numel() for param in net.parameters()),
@@ -365,10 +378,11 @@ def report(results: dict[str, Any]) -> str:
         lines += [
             f"## {layout}: {result['parameters']:,} parameters in {result['tensors']} tensor(s)",
             "",
-            "| optimizer | ns per parameter | naive / this | this / fused Adam | state, B per parameter | "
-            "extra memory, MiB | share of the floor |",
-            "|---|---|---|---|---|---|---|",
+            "| optimizer | ns per parameter | this / one tensor | naive / this | this / fused Adam | "
+            "state, B per parameter | extra memory, MiB | share of the floor |",
+            "|---|---|---|---|---|---|---|---|",
         ]
+        one = results["steps"].get(single(layout))
         adam = result["rows"]["Adam, fused"]["ns_per_parameter"]
         naive = result["rows"].get("naive nn.LSTMCell", {}).get("ns_per_parameter")
         for name, row in result["rows"].items():
@@ -377,6 +391,7 @@ def report(results: dict[str, Any]) -> str:
             cells = [
                 name,
                 f"{ns:.3g}",
+                "" if one is None else f"{ns / one['rows'][name]['ns_per_parameter']:.2f}",
                 "" if naive is None else f"{naive / ns:.2g}",
                 f"{ns / adam:.2g}",
                 f"{row['state_bytes_per_parameter']:.1f}",
@@ -405,12 +420,12 @@ def picture(results: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 6))
-    single = [result for result in results["steps"].values() if result["tensors"] == 1]
-    single.sort(key=lambda result: result["parameters"])
-    for name in dict.fromkeys(name for result in single for name in result["rows"]):
+    lone = [result for result in results["steps"].values() if result["tensors"] == 1]
+    lone.sort(key=lambda result: result["parameters"])
+    for name in dict.fromkeys(name for result in lone for name in result["rows"]):
         points = [
             (result["parameters"], statistics.median(result["rows"][name]["seconds"]))
-            for result in single
+            for result in lone
             if name in result["rows"]
         ]
         style = ":" if name.startswith("Adam") else "--" if name.startswith("naive") else "-"
@@ -453,10 +468,11 @@ def main() -> None:
         "steps": {},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    for name, shapes in layouts([10**power for power in range(4, largest + 1)], models=largest > 6).items():
-        results["steps"][name] = measure(shapes, rounds, args.device, speed)
-        rows = {key: round(row["ns_per_parameter"], 2) for key, row in results["steps"][name]["rows"].items()}
-        print(name, rows, flush=True)
+    for group in layouts([10**power for power in range(4, largest + 1)], models=largest > 6):
+        results["steps"] |= measure(group, rounds, args.device, speed)
+        for name in group:
+            rows = {key: round(row["ns_per_parameter"], 2) for key, row in results["steps"][name]["rows"].items()}
+            print(name, rows, flush=True)
         out.write_text(json.dumps(results, indent=1) + "\n")  # a long run that is cut short leaves what it has
     results["end_to_end"] = end_to_end(rounds, args.device, args.quick)
     out.write_text(json.dumps(results, indent=1) + "\n")
