@@ -46,8 +46,7 @@ def statistics_from_sums(rule: TakesMeans, tensors: Tensors, sums: Callable[[Ten
     means = _KnownMeans(torch.zeros(form.sums, len(tensors.params), dtype=tensors.dtype, device=tensors.device))
     none = means.values.new_empty(0)
     state = {**dict.fromkeys(form.numbers, none), "step": torch.stack([state["step"] for state in tensors.states])}
-    corrections = rule.statistics(none, none, state, means)[0][: form.corrections]
-    totals = sums(corrections)
+    totals = sums(rule.corrections(state))
     if tensors.total is not None:
         totals = tensors.total(totals)
     means.values = totals / _counts(tuple(tensors.counts), tensors.dtype, tensors.device)

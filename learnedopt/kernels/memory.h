@@ -131,12 +131,9 @@ class Memory {
     int64_t low_stride = 0;
   };
 
-  Memory(Kind kind, std::vector<Place> places, int hidden)
-      : kind_(kind),
-        places_(std::move(places)),
-        hidden_(hidden),
-        fine_(!places_.empty() && places_[0].lows),
-        most_(fine_ ? 511.0f : 127.0f) {}
+  // `fine` says whether codes have ten bits. That is not for the places to say: an empty tensor has no address.
+  Memory(Kind kind, std::vector<Place> places, int hidden, bool fine)
+      : kind_(kind), places_(std::move(places)), hidden_(hidden), fine_(fine), most_(fine ? 511.0f : 127.0f) {}
 
   // Scratch that a thread needs for reading and writing.
   struct Scratch {

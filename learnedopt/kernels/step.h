@@ -103,7 +103,7 @@ inline Memory memory(const TensorList& states, const TensorList& lows, const Ten
     }
     places.push_back(place);
   }
-  return Memory(kind, std::move(places), hidden);
+  return Memory(kind, std::move(places), hidden, kind == Memory::INT8 && !lows.empty());
 }
 
 // What all rules have in common.

@@ -124,14 +124,16 @@ class AdamLSTMRule(UpdateRule):
         mix = (1.0 + config.mix_bound) * fast + config.mix_bound * slow
         return config.nominal_step * math.exp(config.log_step_bound) * mix
 
+    def corrections(self, state: State) -> Tensor:
+        """Bias corrections of the moments after the step to come, ``(3, S)``: the first rows of the statistics."""
+        step, config = state["step"] + 1.0, self.config
+        decays = config.fast_decay, config.slow_decay, config.square_decay
+        return torch.stack([1.0 / (1.0 - decay**step) for decay in decays])
+
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        config = self.config
-        step = state["step"] + 1.0
-        corrections = torch.stack(
-            [1.0 / (1.0 - decay**step) for decay in (config.fast_decay, config.slow_decay, config.square_decay)]
-        )
+        step, corrections = state["step"] + 1.0, self.corrections(state)
         _, (a, b, g) = self._directions(grad, state, segments.expand(corrections))
         means = segments.mean(torch.stack([param.square(), a * g, b.square()]))
         rms_param, consistency = (means[row].add(1e-12).log() / 6.0 for row in (0, 2))
@@ -140,7 +142,7 @@ class AdamLSTMRule(UpdateRule):
                 rms_param.clamp(-7.0 / 3.0, 1.0),
                 means[1],
                 consistency.clamp(-7.0 / 3.0, 1.0),
-                step.clamp(max=config.max_time).log() / math.log(config.max_time),
+                step.clamp(max=self.config.max_time).log() / math.log(self.config.max_time),
             ]
         )
         return torch.cat([corrections, shared]), {"step": step}

@@ -148,12 +148,16 @@ class ScheduleFreeLSTMRule(UpdateRule):
         step = config.nominal_step * math.exp(config.log_step_bound) * mix
         return step * (1.0 + config.interpolation * math.exp(2.0 * config.log_averaging_bound))
 
+    def corrections(self, state: State) -> Tensor:
+        """Bias corrections of the moments after the step to come, ``(2, S)``: the first rows of the statistics."""
+        step, decays = state["step"] + 1.0, (self.config.momentum_decay, self.config.square_decay)
+        return torch.stack([_bias_correction(decay, step) for decay in decays])
+
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
         config = self.config
-        step, offset = state["step"] + 1.0, state["offset"]
-        corrections = torch.stack([_bias_correction(d, step) for d in (config.momentum_decay, config.square_decay)])
+        step, offset, corrections = state["step"] + 1.0, state["offset"], self.corrections(state)
         _, (a, g) = self._directions(grad, state, segments.expand(corrections))
         means = segments.mean(torch.stack([param.square(), a * g, a.square(), offset.square(), offset * a]))
         averaging = (config.averaging_power + 1.0) / (step + config.averaging_power)

@@ -39,12 +39,14 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     ),
     "adam-lstm": lambda: trained(AdamLSTMRule(AdamLSTMConfig(hidden_size=8)), scale=0.2),
     "adam-lstm, one layer": lambda: trained(
-        AdamLSTMRule(AdamLSTMConfig(hidden_size=4, num_layers=1, fast_decay=0.5, max_time=20.0)), scale=0.2
+        AdamLSTMRule(AdamLSTMConfig(hidden_size=4, num_layers=1, fast_decay=0.5, eps=0.1, max_time=20.0)), scale=0.2
     ),
     "schedule-free": lambda: trained(ScheduleFreeLSTMRule(), scale=0.2),
     "schedule-free, one layer": lambda: trained(
         ScheduleFreeLSTMRule(
-            ScheduleFreeLSTMConfig(hidden_size=5, num_layers=1, momentum_decay=0.5, square_decay=0.9, max_time=20.0)
+            ScheduleFreeLSTMConfig(
+                hidden_size=5, num_layers=1, momentum_decay=0.5, square_decay=0.9, eps=0.1, max_time=20.0
+            )
         ),
         scale=0.2,
     ),
@@ -102,6 +104,28 @@ def test_fifty_steps_are_those_of_the_reference(name: str, backend: BackendName,
     assert optimizer.backend == backend
     for one, other in zip(actual, expected(name, dtype, 50), strict=True):
         torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@each_backend
+@pytest.mark.parametrize("name", RULES)
+def test_extreme_gradients_do_what_they_do_to_the_reference(name: str, backend: BackendName) -> None:
+    skip_unless_served(backend, Case(RULES[name](), CPU, torch.float32, "float32"))
+    extremes = [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 1e-42, 0.0]
+
+    def taken(chosen: BackendName) -> list[Tensor]:
+        g = generator()
+        params = [torch.randn(5, generator=g).requires_grad_() for _ in extremes]
+        optimizer = LearnedOptimizer(params, RULES[name](), maximize=True, backend=chosen)
+        for step in range(3):
+            draw_grads(g, params)
+            for param, value in zip(params, extremes):
+                if param.grad is not None and step < 2:
+                    param.grad[2] = value
+            optimizer.step(loss=1.0 / (step + 1))
+        return snapshot(optimizer)
+
+    for one, other in zip(taken(backend), taken("reference"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @each_backend

@@ -39,8 +39,8 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "meta-lstm, as in the code": lambda: MetaLSTMRule(
         MetaLSTMConfig(hidden_size=6, gate_feedback="preactivation", gradient_divisor=3.0)
     ),
-    "adam-lstm": lambda: AdamLSTMRule(AdamLSTMConfig(hidden_size=8)),
-    "schedule-free": lambda: ScheduleFreeLSTMRule(),
+    "adam-lstm": lambda: AdamLSTMRule(AdamLSTMConfig(hidden_size=8, eps=0.1)),
+    "schedule-free": lambda: ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(interpolation=0.7, eps=0.1)),
 }
 SHAPES: tuple[tuple[int, ...], ...] = ((5, 3), (), (0, 2), (7,), (150,))
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-5}
@@ -64,7 +64,7 @@ def run(
     lr: float | Tensor = 0.7,
     nonfinite: str = "propagate",
 ) -> LearnedOptimizer:
-    """A short trajectory over tensors of several sizes, one of them transposed; a NaN in the second step."""
+    """A short trajectory over tensors of several sizes, one of them transposed; a large gradient, and then a NaN."""
     generator = torch.Generator().manual_seed(1)
     params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in SHAPES]
     params.append(torch.randn(4, 6, generator=generator).to(device, dtype).t())
@@ -81,6 +81,8 @@ def run(
     for step in range(steps):
         for param in params:
             param.grad = torch.randn(param.shape, generator=generator).to(device, dtype)
+        if step == 0 and dtype == torch.float32:
+            params[3].grad[1] = 1e30  # type: ignore[index]
         if step == 1:
             params[0].grad[0, 0] = torch.nan  # type: ignore[index]
         optimizer.step(loss=1.0 / (step + 1))
