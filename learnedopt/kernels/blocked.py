@@ -391,27 +391,31 @@ class ScheduleFreeLSTMProgram(Program):
     """:class:`~learnedopt.rules.ScheduleFreeLSTMRule`."""
 
     def __init__(self, rule: ScheduleFreeLSTMRule) -> None:
-        super().__init__(rule, rule.lstm, 10, outputs=4, scalars=8)
+        super().__init__(rule, rule.lstm, 11, outputs=4, scalars=10)
         self._config = rule.config
-        self._readout_of_features, top = rule.readout.weight[:, :10].contiguous(), rule.readout.weight[:, 10:]
+        self._readout_of_features, top = rule.readout.weight[:, :11].contiguous(), rule.readout.weight[:, 11:]
         self._readout = torch.cat([top, rule.readout.bias.unsqueeze(1)], dim=1)
 
     def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
         assert isinstance(rule, ScheduleFreeLSTMRule)
+        limit = rule.way_limit
 
         def sums(corrections: Tensor) -> Tensor:
             totals = corrections.new_zeros(SCHEDULE_FREE_LSTM.sums, corrections.shape[1])
             for block in self.blocks(tensors):
                 v = block.views
-                numbers = v.scalars[:3].split(1)  # not the state's own: it has not moved yet
+                numbers = v.scalars[:4].split(1)  # not the state's own: it has not moved yet
                 for name, row in zip(SCHEDULE_FREE_LSTM.numbers, numbers):
                     block.read(name, 0, row)
-                momentum, square, offset = numbers
-                factors = block.of_tensors(corrections, v.scalars[3:5])
+                momentum, square, offset, way = numbers
+                factors = block.of_tensors(corrections, v.scalars[4:7])
                 a, g = self._directions(block, factors, momentum, square)
-                products = v.features[2:7]
+                way.addcmul_(factors[2:3], v.param).sub_(v.param).clamp_(-limit, limit)
+                slope = torch.clamp(v.grad, -limit, limit, out=v.features[10:])
+                products = v.features[2:10]
                 pairs = ((v.param, v.param), (a, g), (a, a), (offset, offset), (offset, a))
-                for (left, right), product in zip(pairs, products.split(1)):
+                of_way = ((slope, way), (slope, slope), (way, way))
+                for (left, right), product in zip((*pairs, *of_way), products.split(1)):
                     torch.mul(left, right, out=product)
                 block.add_to(products, totals)
             return totals
@@ -420,17 +424,18 @@ class ScheduleFreeLSTMProgram(Program):
 
     def delta(self, block: Block, statistics: Tensor) -> Tensor:
         v, config = block.views, self._config
-        rows = zip(SCHEDULE_FREE_LSTM.numbers, v.scalars[:3].split(1))
-        momentum, square, offset = (block.open(name, 0, row) for name, row in rows)
-        factors = block.of_tensors(statistics[:4], v.scalars[3:7])
-        averaging, per_offset = factors[2:3], factors[3:4]
+        rows = zip(SCHEDULE_FREE_LSTM.numbers, v.scalars[:4].split(1))
+        momentum, square, offset, origin = (block.open(name, 0, row) for name, row in rows)
+        factors = block.of_tensors(statistics[:5], v.scalars[4:9])
+        fresh, averaging, per_offset = factors[2:].split(1)
+        block.write("origin", 0, origin.addcmul_(fresh, v.param))
         a, g = self._directions(block, factors, momentum, square)
         block.write("momentum", 0, momentum)
         block.write("square", 0, square)
         torch.abs(a, out=v.features[2:3])
         torch.mul(offset, per_offset, out=v.features[3:4])
         shared = v.features[4:]
-        shared.copy_(block.of_tensors(statistics[4:], shared))
+        shared.copy_(block.of_tensors(statistics[5:], shared))
         self.run_lstm(block)
         out = torch.mm(self._readout, v.top, out=v.out).addmm_(self._readout_of_features, v.features)
         step, mix, weight = out[:1], out[1:3], out[3:]
@@ -453,7 +458,7 @@ class ScheduleFreeLSTMProgram(Program):
         limit = 0.5 * math.sqrt(limits.max)
         grad = v.grad.clamp_(-limit, limit)
         momentum.mul_(config.momentum_decay).add_(grad, alpha=1.0 - config.momentum_decay)
-        rms = torch.mul(grad, grad, out=v.scalars[7:])
+        rms = torch.mul(grad, grad, out=v.scalars[9:])
         square.mul_(config.square_decay).add_(rms, alpha=1.0 - config.square_decay)
         torch.mul(square, corrections[1:2], out=rms).clamp_(min=limits.tiny).sqrt_().add_(config.eps)
         a = torch.mul(momentum, corrections[:1], out=v.features[:1]).div_(rms)

@@ -30,8 +30,9 @@ class Form:
 
 ADAM_LSTM = Form(("fast", "slow", "square"), corrections=3, sums=3)
 """The means are those of the squared parameter, ``a * g`` and ``b ** 2``."""
-SCHEDULE_FREE_LSTM = Form(("momentum", "square", "offset"), corrections=2, sums=5)
-"""The means are those of the squared parameter, ``a * g``, ``a ** 2``, ``offset ** 2`` and ``offset * a``."""
+SCHEDULE_FREE_LSTM = Form(("momentum", "square", "offset", "origin"), corrections=3, sums=8)
+"""The means are those of the squared parameter, ``a * g``, ``a ** 2``, ``offset ** 2``, ``offset * a``, and, of the
+gradient and the way from the parameter to its origin, both clamped, the product and the squares."""
 FORMS: dict[type[UpdateRule], Form] = {AdamLSTMRule: ADAM_LSTM, ScheduleFreeLSTMRule: SCHEDULE_FREE_LSTM}
 
 
@@ -45,7 +46,10 @@ def statistics_from_sums(rule: TakesMeans, tensors: Tensors, sums: Callable[[Ten
     form = FORMS[type(rule)]
     means = _KnownMeans(torch.zeros(form.sums, len(tensors.params), dtype=tensors.dtype, device=tensors.device))
     none = means.values.new_empty(0)
-    state = {**dict.fromkeys(form.numbers, none), "step": torch.stack([state["step"] for state in tensors.states])}
+    state = dict.fromkeys(form.numbers, none)
+    for name, spec in rule.state_spec().items():
+        if spec.scope == "tensor":
+            state[name] = torch.stack([state[name] for state in tensors.states])
     totals = sums(rule.corrections(state))
     if tensors.total is not None:
         totals = tensors.total(totals)

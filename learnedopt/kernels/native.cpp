@@ -24,12 +24,13 @@ TORCH_LIBRARY(learnedopt, m) {
       "adam_lstm_sums(Tensor[] params, Tensor[] grads, bool maximize, Tensor[] fast, Tensor[] slow, Tensor[] square, "
       "Tensor corrections, float fast_decay, float slow_decay, float square_decay, float eps) -> Tensor");
   m.def("schedule_free_lstm_step(" STEP
-        "Tensor(f!)[] momentum, Tensor(g!)[] square, Tensor(i!)[] offset, Tensor statistics, Tensor readout, "
-        "float momentum_decay, float square_decay, float eps, float nominal_step, float interpolation, "
+        "Tensor(f!)[] momentum, Tensor(g!)[] square, Tensor(i!)[] offset, Tensor(k!)[] origin, Tensor statistics, "
+        "Tensor readout, float momentum_decay, float square_decay, float eps, float nominal_step, float interpolation, "
         "float log_step_gain, float log_step_bound, float mix_bound, float log_averaging_bound) -> ()");
   m.def(
       "schedule_free_lstm_sums(Tensor[] params, Tensor[] grads, bool maximize, Tensor[] momentum, Tensor[] square, "
-      "Tensor[] offset, Tensor corrections, float momentum_decay, float square_decay, float eps) -> Tensor");
+      "Tensor[] offset, Tensor[] origin, Tensor corrections, float momentum_decay, float square_decay, float eps, "
+      "float largest) -> Tensor");
   m.def("meta_lstm_step(" STEP
         "Tensor(f!)[] forget_state, Tensor(g!)[] input_state, Tensor statistics, Tensor forget, Tensor forget_bias, "
         "Tensor input, Tensor input_bias, float p, float gradient_divisor, bool feed_back_gate) -> ()");

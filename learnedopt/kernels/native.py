@@ -149,14 +149,16 @@ def _averaging(rule: TakesMeans) -> tuple[float, ...]:
 def _statistics_from_means(rule: TakesMeans, tensors: Tensors) -> tuple[Tensor, State]:
     """What the rule's ``statistics`` gives, its sums taken in one pass."""
     form, operators = FORMS[type(rule)], extension.operators()
-    operator = operators.adam_lstm_sums if isinstance(rule, AdamLSTMRule) else operators.schedule_free_lstm_sums
+    operator, settings = operators.adam_lstm_sums, _averaging(rule)
+    if isinstance(rule, ScheduleFreeLSTMRule):
+        operator, settings = operators.schedule_free_lstm_sums, (*settings, rule.way_limit)
 
     def sums(corrections: Tensor) -> Tensor:
         totals = torch.zeros(form.sums, len(tensors.params), dtype=torch.float64)
         for batch in _batches(rule, tensors):
             entries = (batch.entry(name) for name in form.numbers)
             totals[:, batch.indices] += operator(
-                batch.params, batch.grads, tensors.maximize, *entries, batch.columns(corrections), *_averaging(rule)
+                batch.params, batch.grads, tensors.maximize, *entries, batch.columns(corrections), *settings
             )
         return totals.to(tensors.dtype)
 

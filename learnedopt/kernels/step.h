@@ -236,6 +236,8 @@ struct LSTM {
 
 // What AdamLSTMRule keeps beside its LSTM, and what it makes of it and a gradient.
 struct Moments {
+  static constexpr int ROWS = 3;
+
   std::vector<float*> fast, slow, square;
   float fast_decay, slow_decay, square_decay, eps;
 
@@ -343,7 +345,9 @@ struct AdamLSTM {
 
 // What ScheduleFreeLSTMRule keeps beside its LSTM, and what it makes of it and a gradient.
 struct Averages {
-  std::vector<float*> momentum, square, offset;
+  static constexpr int ROWS = 4;
+
+  std::vector<float*> momentum, square, offset, origin;
   double momentum_decay, square_decay;
   float eps;
 
@@ -366,17 +370,23 @@ struct Averages {
     return now;
   }
 
-  // Three rows: the old moments and the offset.
+  // The old moments, the offset and the origin.
   void read(const Pieces& pieces, float* old) const {
     read_row(momentum, pieces, old);
     read_row(square, pieces, old + LANES);
     read_row(offset, pieces, old + 2 * LANES);
+    read_row(origin, pieces, old + 3 * LANES);
+  }
+
+  // The parameters at the first step, before which the state is zero.
+  Row<float> origins(const Row<float>& param, const float* old, const float* factors) const {
+    return load_row(old + 3 * LANES) + load_row(factors + 2 * LANES) * param;
   }
 };
 
 // ScheduleFreeLSTMRule
 struct ScheduleFreeLSTM {
-  static constexpr int FACTORS = 4, SHARED = 6, OWN = 4, FEATURES = OWN + SHARED, OUTPUTS = 4;
+  static constexpr int FACTORS = 5, SHARED = 7, OWN = 4, FEATURES = OWN + SHARED, OUTPUTS = 4;
 
   struct Settings {
     const float* readout;  // [features + units + bias][outputs]
@@ -397,13 +407,15 @@ struct ScheduleFreeLSTM {
     expand(s.statistics + FACTORS * s.tensors, s.tensors, SHARED, tile.pieces, seen + OWN * LANES);
     s.averages.read(tile.pieces, state);
     const Averages::Directions now = s.averages(load_row(tile.grad.get()), state, factors);
-    const Row<float> per_offset = load_row(factors + 3 * LANES), offset = load_row(state + 2 * LANES);
+    const Row<float> per_offset = load_row(factors + 4 * LANES), offset = load_row(state + 2 * LANES);
     const Row<float> own[OWN] = {now.a, now.g, absolute(now.a), offset * per_offset};
     for (int k = 0; k < OWN; ++k) store_row(seen + k * LANES, own[k]);
+    store_row(state + 3 * LANES, s.averages.origins(load_row(tile.param.get()), state, factors));
     store_row(state, now.momentum);
     store_row(state + LANES, now.square);
     write_row(state, tile.pieces, s.averages.momentum);
     write_row(state + LANES, tile.pieces, s.averages.square);
+    write_row(state + 3 * LANES, tile.pieces, s.averages.origin);
     if (s.units) std::copy_n(seen, FEATURES * LANES, in);
   }
 
@@ -415,7 +427,7 @@ struct ScheduleFreeLSTM {
     for (int k = 0; k < OUTPUTS; ++k) out[k] = broadcast_row(bias[k]);
     product(out, s.readout, seen, FEATURES);
     product(out, for_top, top, s.units);
-    const Row<float> a = load_row(seen), g = load_row(seen + LANES), averaging = load_row(factors + 2 * LANES);
+    const Row<float> a = load_row(seen), g = load_row(seen + LANES), averaging = load_row(factors + 3 * LANES);
     const Row<float> log_step = bounded(out[0] * s.log_step_gain, s.log_step_bound);
     const Row<float> direction = (1.0f + bounded(out[1], s.mix_bound)) * g + bounded(out[2], s.mix_bound) * a;
     const Row<float> move = s.nominal_step * exponential(log_step) * direction;
@@ -430,10 +442,10 @@ struct ScheduleFreeLSTM {
 
  private:
   float* numbers() const { return rows.get() + FACTORS * LANES; }
-  float* features_seen() const { return numbers() + 3 * LANES; }
+  float* features_seen() const { return numbers() + Averages::ROWS * LANES; }
 
   Settings s;
-  Buffer<float> rows{(FACTORS + 3 + FEATURES) * LANES};
+  Buffer<float> rows{(FACTORS + Averages::ROWS + FEATURES) * LANES};
 };
 
 // MetaLSTMRule
@@ -505,7 +517,7 @@ inline double sum(const float* p, int count) {
 }
 
 // Sums over each tensor of K products: (K, tensors) in float64, so that their order hardly matters. `products` has the
-// parameters and gradients of a tile, three rows of what `state` reads, and a row of each correction.
+// parameters and gradients of a tile, the rows that `state` reads, and a row of each correction.
 template <int K, class State, class F>
 inline Tensor sums_of(const TensorList& params, const TensorList& grads, bool maximize, const State& state,
                       const Tensor& corrections, F&& products) {
@@ -516,20 +528,23 @@ inline Tensor sums_of(const TensorList& params, const TensorList& grads, bool ma
   std::vector<std::vector<double>> sums(chunks, std::vector<double>(K * tensors));
   for_chunks<float>(layout.total(), chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     Pieces pieces;
-    Buffer<float> rows((5 + factors + K) * LANES);
+    constexpr int AFTER_STATE = 2 + State::ROWS;
+    Buffer<float> rows((AFTER_STATE + factors + K) * LANES);
     auto row = [&](int k) { return rows.get() + k * LANES; };
     for (int64_t at = begin; at < end; at += LANES) {
       layout.pieces(at, pieces);
       values.read(pieces, row(0));
       gradients.read(pieces, row(1));
       state.read(pieces, row(2));
-      expand(corrections.const_data_ptr<float>(), tensors, factors, pieces, row(5));
+      expand(corrections.const_data_ptr<float>(), tensors, factors, pieces, row(AFTER_STATE));
       const Row<float> grad = load_row(row(1));
-      const std::array<Row<float>, K> found = products(load_row(row(0)), maximize ? -grad : grad, row(2), row(5));
-      for (int k = 0; k < K; ++k) store_row(row(5 + factors + k), found[k]);
+      const std::array<Row<float>, K> found =
+          products(load_row(row(0)), maximize ? -grad : grad, row(2), row(AFTER_STATE));
+      for (int k = 0; k < K; ++k) store_row(row(AFTER_STATE + factors + k), found[k]);
       for (const Piece& piece : pieces)
         for (int k = 0; k < K; ++k)
-          sums[chunk][k * tensors + piece.tensor] += sum(row(5 + factors + k) + piece.lane, piece.count);
+          sums[chunk][k * tensors + piece.tensor] +=
+              sum(row(AFTER_STATE + factors + k) + piece.lane, piece.count);
     }
   });
   Tensor result = at::empty({K, tensors}, at::kDouble);
@@ -556,13 +571,14 @@ inline Tensor adam_lstm_sums(TensorList params, TensorList grads, bool maximize,
 inline void schedule_free_lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h,
                                     TensorList h_scale, TensorList c, TensorList c_low, TensorList c_scale,
                                     TensorList weights, double lr, double weight_decay, TensorList momentum,
-                                    TensorList square, TensorList offset, const Tensor& statistics,
-                                    const Tensor& readout, double momentum_decay,
+                                    TensorList square, TensorList offset, TensorList origin,
+                                    const Tensor& statistics, const Tensor& readout, double momentum_decay,
                                     double square_decay, double eps, double nominal_step, double interpolation,
                                     double log_step_gain, double log_step_bound, double mix_bound,
                                     double log_averaging_bound) {
-  const Averages averages{pointers<float>(momentum), pointers<float>(square), pointers<float>(offset), momentum_decay,
-                          square_decay,              float(eps)};
+  const Averages averages{pointers<float>(momentum), pointers<float>(square), pointers<float>(offset),
+                          pointers<float>(origin),   momentum_decay,          square_decay,
+                          float(eps)};
   Step(params, grads, h, h_scale, c, c_low, c_scale, weights, maximize, lr, weight_decay)
       .run(ScheduleFreeLSTM({readout.const_data_ptr<float>(), int(readout.size(0)) - ScheduleFreeLSTM::FEATURES - 1,
                              averages, statistics.const_data_ptr<float>(), statistics.size(1), interpolation,
@@ -571,16 +587,21 @@ inline void schedule_free_lstm_step(TensorList params, TensorList grads, bool ma
 }
 
 inline Tensor schedule_free_lstm_sums(TensorList params, TensorList grads, bool maximize, TensorList momentum,
-                                      TensorList square, TensorList offset, const Tensor& corrections,
-                                      double momentum_decay, double square_decay, double eps) {
-  const Averages averages{pointers<float>(momentum), pointers<float>(square), pointers<float>(offset), momentum_decay,
-                          square_decay,              float(eps)};
+                                      TensorList square, TensorList offset, TensorList origin,
+                                      const Tensor& corrections, double momentum_decay, double square_decay,
+                                      double eps, double largest) {
+  const Averages averages{pointers<float>(momentum), pointers<float>(square), pointers<float>(offset),
+                          pointers<float>(origin),   momentum_decay,          square_decay,
+                          float(eps)};
+  const float most = float(largest);
   auto products = [&](const Row<float>& param, const Row<float>& grad, const float* old, const float* factors) {
     const Averages::Directions now = averages(grad, old, factors);
-    const Row<float> offset = load_row(old + 2 * LANES);
-    return std::array<Row<float>, 5>{param * param, now.a * now.g, now.a * now.a, offset * offset, offset * now.a};
+    const Row<float> offset = load_row(old + 2 * LANES), slope = clamp(grad, -most, most);
+    const Row<float> way = clamp(averages.origins(param, old, factors) - param, -most, most);
+    return std::array<Row<float>, 8>{param * param,  now.a * now.g, now.a * now.a, offset * offset,
+                                     offset * now.a, slope * way,   slope * slope, way * way};
   };
-  return sums_of<5>(params, grads, maximize, averages, corrections, products);
+  return sums_of<8>(params, grads, maximize, averages, corrections, products);
 }
 
 inline void meta_lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h, TensorList h_scale,

@@ -83,6 +83,7 @@ class TritonBackend(Backend):
                     len(tensors.params),
                     parts,
                     *(settings[name] for name in ("decay0", "decay1", "decay2", "rest0", "rest1", "eps")),
+                    ScheduleFreeLSTMRule.way_limit,
                     RULE=settings["RULE"],
                     MAXIMIZE=tensors.maximize,
                     PARAM=launch.param,
@@ -321,7 +322,7 @@ class _Work:
         rows = []
         for param, grad, state in zip(self._dense, self._grads, tensors.states):
             entries = [state[name].data_ptr() if name in state else 0 for name in fields]
-            rows.append((param.data_ptr(), grad.data_ptr(), param.numel(), *entries, *[0] * (8 - len(entries))))
+            rows.append((param.data_ptr(), grad.data_ptr(), param.numel(), *entries, *[0] * (9 - len(entries))))
         stream = torch.cuda.current_stream(tensors.device).cuda_stream if tensors.device.type == "cuda" else 0
         self.table = _TABLES.on_device(tuple(rows), tensors.device, stream)
         dtypes = tuple((param.dtype, grad.dtype) for param, grad in zip(self._dense, self._grads))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FIELDS = ("param", "grad", "size", "h", "h_scale", "c", "c_low", "c_scale", "scalar0", "scalar1", "scalar2")
+FIELDS = ("param", "grad", "size", "h", "h_scale", "c", "c_low", "c_scale", "scalar0", "scalar1", "scalar2", "scalar3")
 _FIELDS = tl.constexpr(len(FIELDS))
 
 LSTM, META_LSTM, ADAM_LSTM, SCHEDULE_FREE_LSTM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -154,11 +154,17 @@ def _product(weights, rest: tl.constexpr, high, low, z):
 
 
 @triton.jit
+def _origin(origins, at, here, corrections, column, num_tensors, param):
+    """The parameters at the first step, before which the state is zero."""
+    return tl.load(origins + at, mask=here, other=0.0) + tl.load(corrections + 2 * num_tensors + column) * param
+
+
+@triton.jit
 def _of_features(weights, statistics, column, num_tensors, x0, x1, x2, x3):
     """What the features of the Schedule-Free LSTM contribute to one output."""
-    shared = tl.load(weights + 4) * tl.load(statistics + 4 * num_tensors + column)
-    for k in tl.static_range(1, 6):
-        shared += tl.load(weights + 4 + k) * tl.load(statistics + (4 + k) * num_tensors + column)
+    shared = tl.load(weights + 4) * tl.load(statistics + 5 * num_tensors + column)
+    for k in tl.static_range(1, 7):
+        shared += tl.load(weights + 4 + k) * tl.load(statistics + (5 + k) * num_tensors + column)
     own = tl.load(weights) * x0 + tl.load(weights + 1) * x1 + tl.load(weights + 2) * x2 + tl.load(weights + 3) * x3
     return own + shared
 
@@ -266,7 +272,10 @@ def step_kernel(
             )
             tl.store(momenta + at, momentum, mask=here)
             tl.store(squares + at, square, mask=here)
-            x2, x3 = tl.abs(x0), offset * tl.load(statistics + 3 * num_tensors + tensor)
+            x2, x3 = tl.abs(x0), offset * tl.load(statistics + 4 * num_tensors + tensor)
+            origins = _row(tensors, tensor, 11, tl.float32)
+            origin = _origin(origins, at, here, statistics, tensor, num_tensors, param)
+            tl.store(origins + at, origin, mask=here)
         if RULE == META_LSTM:
             grad = grad / scale
         if LOG_SIGN:
@@ -291,8 +300,8 @@ def step_kernel(
                         shared = tl.load(statistics + (3 + k) * num_tensors + tensor)
                         bias += tl.load(weights + (5 + k) * PADDED) * shared
                 if layer == 0 and RULE == SCHEDULE_FREE_LSTM:
-                    for k in tl.static_range(6):
-                        shared = tl.load(statistics + (4 + k) * num_tensors + tensor)
+                    for k in tl.static_range(7):
+                        shared = tl.load(statistics + (5 + k) * num_tensors + tensor)
                         bias += tl.load(weights + (4 + k) * PADDED) * shared
                 z = tl.broadcast_to(bias[:, None], (PADDED, BLOCK))
                 if layer == 0:
@@ -346,14 +355,14 @@ def step_kernel(
                     fourth += tl.load(readout + 3 * row + PADDED + 3)
                     of_features = readout + 4 * row
                     out += _of_features(of_features, statistics, tensor, num_tensors, x0, x1, x2, x3)
-                    second += _of_features(of_features + 10, statistics, tensor, num_tensors, x0, x1, x2, x3)
-                    third += _of_features(of_features + 20, statistics, tensor, num_tensors, x0, x1, x2, x3)
-                    fourth += _of_features(of_features + 30, statistics, tensor, num_tensors, x0, x1, x2, x3)
+                    second += _of_features(of_features + 11, statistics, tensor, num_tensors, x0, x1, x2, x3)
+                    third += _of_features(of_features + 22, statistics, tensor, num_tensors, x0, x1, x2, x3)
+                    fourth += _of_features(of_features + 33, statistics, tensor, num_tensors, x0, x1, x2, x3)
                 log_step = step_bound * _tanh(out * (step_gain / step_bound))
                 mix0, mix1 = mix_bound * _tanh(second / mix_bound), mix_bound * _tanh(third / mix_bound)
                 if RULE == SCHEDULE_FREE_LSTM:
                     move = scale * tl.exp(log_step) * ((1.0 + mix0) * x1 + mix1 * x0)
-                    nominal = tl.load(statistics + 2 * num_tensors + tensor)
+                    nominal = tl.load(statistics + 3 * num_tensors + tensor)
                     weight = nominal * tl.exp(averaging_bound * _tanh(fourth / averaging_bound))
                     weight = tl.minimum(weight, 1.0, tl.PropagateNan.ALL)
                     # What the average takes of the offset goes to the parameters, and what is left stays.
@@ -379,6 +388,7 @@ def sums_kernel(
     rest0,
     rest1,
     eps,
+    way_limit,
     RULE: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     PARAM: tl.constexpr,
@@ -386,7 +396,7 @@ def sums_kernel(
     CHUNK: tl.constexpr,
 ):
     """What :class:`AdamLSTMRule` or :class:`ScheduleFreeLSTMRule` takes the means of, added up over each chunk: ``sums
-    (chunks, 3)`` or ``(chunks, 5)``."""
+    (chunks, 3)`` or ``(chunks, 8)``."""
     chunk = tl.program_id(0)
     tensor = tl.load(chunks + 2 * chunk)
     at = tl.load(chunks + 2 * chunk + 1) + tl.arange(0, CHUNK)
@@ -400,7 +410,12 @@ def sums_kernel(
     third = tl.load(_row(tensors, tensor, 10, tl.float32) + at, mask=here, other=0.0)
     if RULE == SCHEDULE_FREE_LSTM:
         _, _, a, g = _averages(grad, first, second, corrections, tensor, num_tensors, decay0, decay1, rest0, rest1, eps)
-        to = sums + 5 * chunk
+        origin = _origin(_row(tensors, tensor, 11, tl.float32), at, here, corrections, tensor, num_tensors, param)
+        way, slope = _within(origin - param, way_limit), _within(grad, way_limit)
+        to = sums + 8 * chunk
+        tl.store(to + 5, tl.sum(slope * way, axis=0))
+        tl.store(to + 6, tl.sum(slope * slope, axis=0))
+        tl.store(to + 7, tl.sum(way * way, axis=0))
         tl.store(to + 2, tl.sum(a * a, axis=0))
         tl.store(to + 3, tl.sum(third * third, axis=0))
         tl.store(to + 4, tl.sum(third * a, axis=0))

@@ -13,11 +13,12 @@ from learnedopt.rules.adam_lstm import momentum_bound
 from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
 
-# Rows of the statistics: two bias corrections, the averaging weight, one over the RMS of the offset, then the features
-# that every coordinate of a tensor shares.
-_CORRECTIONS = 2
-_SHARED_FEATURES = 6
+# Rows of the statistics: two bias corrections, whether this is the first step, the averaging weight, one over the RMS
+# of the offset, then the features that every coordinate of a tensor shares.
+_CORRECTIONS = 3
+_SHARED_FEATURES = 7
 _COORDINATE_FEATURES = 4
+_AVERAGES = ("slope", "steepness", "distance")
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,15 @@ class ScheduleFreeLSTMConfig(RuleConfig):
     kind: ClassVar[str] = "schedule_free_lstm"
     hidden_size: int = 8
     num_layers: int = 2
-    """0 for no LSTM: the read-out then has the features alone, and a parameter's state is three numbers."""
+    """0 for no LSTM: the read-out then has the features alone, and a parameter's state is four numbers."""
     momentum_decay: float = 0.9
     """Decay of the momentum :math:`m`."""
     square_decay: float = 0.999
     """Decay of the second moment, :math:`\\beta_v`."""
+    way_decay: float = 0.9995
+    """Decay of the averages behind the correlation of gradients with the way back, :math:`\\beta_w`."""
+    way_gain: float = 30.0
+    """:math:`\\kappa`: as a feature, a correlation well beyond one over this counts for its sign alone."""
     eps: float = 1e-12
     nominal_step: float = 0.015
     """Step size before training, when the read-out is zero."""
@@ -55,9 +60,9 @@ class ScheduleFreeLSTMRule(UpdateRule):
 
     Schedule-Free optimization moves a fast sequence :math:`z`, averages it into :math:`x`, and takes gradients in
     between, at :math:`\theta = \beta x + (1-\beta) z`; averaging does what a decaying step size is otherwise needed
-    for, without knowing how long the run is. Here :math:`\theta` are the parameters and the only further memory is the
-    offset :math:`d = z - \theta`. With :math:`m` the momentum, :math:`v` the second moment, hats for bias correction,
-    :math:`\tilde g = g/(\sqrt{\hat v} + \epsilon)` and :math:`a = \hat m/(\sqrt{\hat v} + \epsilon)`, let
+    for, without knowing how long the run is. Here :math:`\theta` are the parameters, and what it takes to remember is
+    the offset :math:`d = z - \theta`. With :math:`m` the momentum, :math:`v` the second moment, hats for bias
+    correction, :math:`\tilde g = g/(\sqrt{\hat v} + \epsilon)` and :math:`a = \hat m/(\sqrt{\hat v} + \epsilon)`, let
 
     .. math::
         f &= (a, \tilde g, |a|, d / \mathrm{rms}(d), \text{tensor and time features}) \\
@@ -69,12 +74,18 @@ class ScheduleFreeLSTMRule(UpdateRule):
 
     which is :math:`z \leftarrow z - s`, :math:`x \leftarrow (1 - c) x + c z` in other coordinates. By :math:`W` alone
     step sizes are power laws of time, of a tensor's size and so on; the LSTM adds what depends on the past. The tensor
-    features
-    are the log RMS of the parameter, the mean of :math:`a \tilde g` (the alignment of momentum and gradient), the log
-    RMS of :math:`a` (how consistent gradients are), the cosine between :math:`d` and :math:`-a` (whether the way so far
-    is still the way down), and the log RMS of :math:`d` over that of the parameter; the log RMSs and their difference
-    are divided by 3 and clamped to [-7/3, 1]. The time feature is :math:`\log t`, over its value at ``max_time``. As
-    tensors are seen as wholes, splitting a tensor in two changes its updates.
+    features are the log RMS of the parameter, the mean of :math:`a \tilde g` (the alignment of momentum and gradient),
+    the log RMS of :math:`a` (how consistent gradients are), the cosine between :math:`d` and :math:`-a`, and the log
+    RMS of :math:`d` over that of the parameter; the log RMSs and their difference are divided by 3 and clamped to
+    [-7/3, 1]. Then come :math:`\log t`, over its value at ``max_time``, and the *way*, by which too large steps show:
+
+    .. math::
+        \tanh\left(\kappa\, \frac{\overline{\langle g,\, \theta_0 - \theta \rangle}}
+            {\left(\overline{\|g\|^2}\; \overline{\|\theta_0 - \theta\|^2}\right)^{1/2}}\right)
+
+    with bars for running averages of decay :math:`\beta_w` and :math:`\theta_0` for the parameters at the first step.
+    Where it is negative, a tensor has gone so far that the way back is downhill. As tensors are seen as wholes,
+    splitting a tensor in two changes its updates.
 
     What follows from the form, whatever the weights (``tests/rules/`` checks each):
 
@@ -86,12 +97,13 @@ class ScheduleFreeLSTMRule(UpdateRule):
 
     ``lr`` multiplies :math:`\Delta\theta`, which is the same as multiplying :math:`s`, as long as it does not change.
 
-    Shapes: state ``h``, ``c`` are ``(num_layers, hidden_size, N)``; ``momentum``, ``square``, ``offset`` are ``(N,)``;
-    ``step`` is ``(S,)``.
+    Shapes: state ``h``, ``c`` are ``(num_layers, hidden_size, N)``; ``momentum``, ``square``, ``offset``, ``origin``
+    (:math:`\theta_0`) are ``(N,)``; ``step``, ``slope``, ``steepness``, ``distance`` (the three averages) are ``(S,)``.
 
     Source: this project. The form is that of Defazio et al. 2024, *The Road Less Scheduled* (arXiv:2405.15682, section
-    2), the nominal averaging weight that of Shamir & Zhang 2013 (arXiv:1212.1824, section 4), and the nominal term an
-    idea of STAR (Harrison et al. 2022, arXiv:2209.11208, section 4).
+    2), the nominal averaging weight that of Shamir & Zhang 2013 (arXiv:1212.1824, section 4), the nominal term an idea
+    of STAR (Harrison et al. 2022, arXiv:2209.11208, section 4), and the product of gradient and way what the distance
+    estimates of Mishchenko & Defazio 2023 (Prodigy, arXiv:2306.06101, section 3) are made of.
 
     >>> rule, segments = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(nominal_step=0.01)), Segments([2])
     >>> delta, _ = rule.update(torch.ones(2), torch.tensor([5.0, -2.0]), rule.init_state(segments), segments)
@@ -102,15 +114,17 @@ class ScheduleFreeLSTMRule(UpdateRule):
     config_class = ScheduleFreeLSTMConfig
     config: ScheduleFreeLSTMConfig
     zero_gradient_is_noop = True
+    way_limit: ClassVar[float] = 1e14
+    """Gradients and ways are taken to be no larger in the averages, so that sums of squares are finite in float32."""
 
     def __init__(self, config: ScheduleFreeLSTMConfig | None = None) -> None:
         super().__init__(config or ScheduleFreeLSTMConfig())
         config = self.config
-        for name in ("momentum_decay", "square_decay", "interpolation"):
+        for name in ("momentum_decay", "square_decay", "way_decay", "interpolation"):
             if not 0.0 <= getattr(config, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
-        positive = ("eps", "nominal_step", "log_step_gain", "log_step_bound", "mix_bound", "log_averaging_bound")
-        for name in positive:
+        positive = ("eps", "way_gain", "nominal_step", "log_step_gain", "log_step_bound", "mix_bound")
+        for name in (*positive, "log_averaging_bound"):
             if not 0.0 < getattr(config, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
         if config.eps < 1e-18:
@@ -131,7 +145,8 @@ class ScheduleFreeLSTMRule(UpdateRule):
             "momentum": StateSpec(),
             "square": StateSpec(),
             "offset": StateSpec(),
-            "step": StateSpec(scope="tensor"),
+            "origin": StateSpec(),
+            **{name: StateSpec(scope="tensor") for name in ("step", *_AVERAGES)},
         }
 
     def update_bound(self) -> float:
@@ -149,17 +164,28 @@ class ScheduleFreeLSTMRule(UpdateRule):
         return step * (1.0 + config.interpolation * math.exp(2.0 * config.log_averaging_bound))
 
     def corrections(self, state: State) -> Tensor:
-        """Bias corrections of the moments after the step to come, ``(2, S)``: the first rows of the statistics."""
+        """The first rows of the statistics, ``(3, S)``: bias corrections of the moments after the step to come, and
+        whether that is the first step."""
         step, decays = state["step"] + 1.0, (self.config.momentum_decay, self.config.square_decay)
-        return torch.stack([_bias_correction(decay, step) for decay in decays])
+        return torch.stack([*(_bias_correction(decay, step) for decay in decays), (step == 1.0).to(step)])
 
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
         config = self.config
         step, offset, corrections = state["step"] + 1.0, state["offset"], self.corrections(state)
-        _, (a, g) = self._directions(grad, state, segments.expand(corrections))
-        means = segments.mean(torch.stack([param.square(), a * g, a.square(), offset.square(), offset * a]))
+        expanded = segments.expand(corrections)
+        _, (a, g) = self._directions(grad, state, expanded)
+        slope = grad.clamp(-self.way_limit, self.way_limit)
+        # At the first step the way is zero, and so is its derivative: none that others would have to cancel.
+        way = (state["origin"] - (1.0 - expanded[2]) * param).clamp(-self.way_limit, self.way_limit)
+        products = [param.square(), a * g, a.square(), offset.square(), offset * a]
+        means = segments.mean(torch.stack([*products, slope * way, slope.square(), way.square()]))
+        keep = config.way_decay
+        averages = {name: keep * state[name] + (1.0 - keep) * mean for name, mean in zip(_AVERAGES, means[5:])}
+        # Two roots, because the product of two squares may leave the range of float32 where neither does.
+        roots = [averages[name].clamp(min=1e-30).sqrt() for name in ("steepness", "distance")]
+        correlation = averages["slope"] / roots[0] / roots[1]
         averaging = (config.averaging_power + 1.0) / (step + config.averaging_power)
         rms_offset, rms_a = (means[row].clamp(min=1e-24).sqrt() for row in (3, 2))
         log_param, log_a, log_offset = (means[row].add(1e-12).log() / 6.0 for row in (0, 2, 3))
@@ -171,14 +197,16 @@ class ScheduleFreeLSTMRule(UpdateRule):
                 -means[4] / (rms_offset * rms_a),
                 (log_offset - log_param).clamp(-7.0 / 3.0, 1.0),
                 step.clamp(max=config.max_time).log() / math.log(config.max_time),
+                torch.tanh(config.way_gain * correlation),
             ]
         )
-        return torch.cat([corrections, averaging[None], 1.0 / rms_offset[None], shared]), {"step": step}
+        statistics = torch.cat([corrections, averaging[None], 1.0 / rms_offset[None], shared])
+        return statistics, {"step": step, **averages}
 
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
         config = self.config
         offset = state["offset"]
-        moments, (a, g) = self._directions(grad, state, statistics[:_CORRECTIONS])
+        moments, (a, g) = self._directions(grad, state, statistics)
         averaging, per_offset, shared = statistics[_CORRECTIONS:].split([1, 1, _SHARED_FEATURES])
         seen = torch.cat([torch.stack([a, g, a.abs(), offset * per_offset[0]]), shared.expand(-1, grad.numel())])
         units: State = {}
@@ -193,7 +221,8 @@ class ScheduleFreeLSTMRule(UpdateRule):
         move = config.nominal_step * torch.exp(log_step) * ((1.0 + mix[0]) * g + mix[1] * a)
         beta = config.interpolation
         delta = weight * offset - (1.0 - beta + beta * weight) * move
-        return delta, {**units, **moments, "offset": (1.0 - weight) * (offset - beta * move)}
+        origin = state["origin"] + statistics[2] * param  # the parameters at the first step, before which it is zero
+        return delta, {**units, **moments, "offset": (1.0 - weight) * (offset - beta * move), "origin": origin}
 
     def _directions(self, grad: Tensor, state: State, corrections: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
         """The new moments, and the momentum and the gradient over the running RMS."""

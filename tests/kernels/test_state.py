@@ -41,8 +41,8 @@ def bytes_per_parameter(rule: UpdateRule, state_dtype: StateDtype) -> int:
         (AdamLSTMRule(), {"float32": 332, "bfloat16": 172, "int8": 110}),
         (AdamLSTMRule(AdamLSTMConfig(hidden_size=8)), {"float32": 140, "bfloat16": 76, "int8": 56}),
         (MetaLSTMRule(), {"float32": 168, "bfloat16": 88, "int8": 57}),
-        (ScheduleFreeLSTMRule(), {"float32": 140, "bfloat16": 76, "int8": 56}),
-        (ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0)), {"float32": 12, "bfloat16": 12, "int8": 12}),
+        (ScheduleFreeLSTMRule(), {"float32": 144, "bfloat16": 80, "int8": 60}),
+        (ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0)), {"float32": 16, "bfloat16": 16, "int8": 16}),
     ],
     ids=["lstm", "adam-lstm", "adam-lstm of the zoo", "meta-lstm", "schedule-free", "schedule-free, no LSTM"],
 )

@@ -161,6 +161,8 @@ class ScheduleFreeLSTMReference(AdamLSTMReference):
     def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
         super().__init__(rule, sizes)
         self.z, self.x = ([[0.0] * n for n in sizes] for _ in range(2))
+        self.origins: dict[int, list[float]] = {}
+        self.slope, self.steepness, self.distance = ([0.0] * len(sizes) for _ in range(3))
 
     def between(self, t: int, j: int) -> float:
         beta = self.config.interpolation
@@ -176,6 +178,14 @@ class ScheduleFreeLSTMReference(AdamLSTMReference):
             d = math.sqrt(self.unbias(self.square[t][j], config.square_decay)) + config.eps
             a.append(self.unbias(self.fast[t][j], config.momentum_decay) / d)
             g.append(value / d)
+        way = [origin - value for origin, value in zip(self.origins.setdefault(t, list(param)), param)]
+        for average, values in (
+            (self.slope, [x * y for x, y in zip(grad, way)]),
+            (self.steepness, [x**2 for x in grad]),
+            (self.distance, [x**2 for x in way]),
+        ):
+            average[t] = self.average(average[t], mean(values), config.way_decay)
+        correlation = self.slope[t] / math.sqrt(max(self.steepness[t], 1e-30) * max(self.distance[t], 1e-30))
         log_rms_param, log_rms_a, log_rms_offset = (
             math.log(mean([x**2 for x in values]) + 1e-12) / 2 for values in (param, a, offset)
         )
@@ -188,6 +198,7 @@ class ScheduleFreeLSTMReference(AdamLSTMReference):
             -mean([x * y for x, y in zip(offset, a)]) / rms_offset / rms_a,
             clip(log_rms_offset - log_rms_param, -7, 3) / 3,
             math.log(min(self.time, config.max_time)) / math.log(config.max_time),
+            math.tanh(config.way_gain * correlation),
         ]
         inputs = [[a[j], g[j], abs(a[j]), offset[j] / rms_offset, *shared] for j in range(len(grad))]
         return [self.move(t, j, a[j], g[j], inputs[j]) for j in range(len(grad))]

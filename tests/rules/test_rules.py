@@ -232,7 +232,7 @@ def test_empty_tensors_are_served(kind: str) -> None:
         ("lstm", 2 * 2 * 20),
         ("meta_lstm", 2 * 20 + 2),
         ("adam_lstm", 2 * 2 * 20 + 3),
-        ("schedule_free_lstm", 2 * 2 * 8 + 3),
+        ("schedule_free_lstm", 2 * 2 * 8 + 4),
     ],
 )
 def test_state_bytes_per_parameter(kind: str, floats: int) -> None:
