@@ -98,6 +98,37 @@ def test_without_a_long_second_moment_there_is_no_bound() -> None:
     assert ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(square_decay=0.5)).update_bound() == math.inf
 
 
+def test_the_way_tells_steps_that_led_on_from_steps_that_led_too_far() -> None:
+    rule, segments = ScheduleFreeLSTMRule().double(), Segments([5, 5])
+    state = rule.init_state(segments, dtype=torch.float64)
+    # Both started at 1 on a slope down to 0. The first tensor is on its way, the second has come out on the other side.
+    ways = []
+    for first, second in ((1.0, 1.0), (0.8, -1.0), (0.6, -1.5)):
+        param = torch.tensor([first] * 5 + [second] * 5, dtype=torch.float64)
+        with torch.no_grad():
+            statistics, tensor_state = rule.statistics(param, param, state, segments)
+            _, coordinate_state = rule(param, param, state, segments.expand(statistics))
+        state = {**tensor_state, **coordinate_state}
+        ways.append(statistics[-1].tolist())
+    assert ways[0] == [0.0, 0.0]
+    assert all(on > 0.9 and beyond < -0.9 for on, beyond in ways[1:])
+
+
+@property_test
+@given(exponent=st.integers(-45, 38), seed=st.integers(0, 100))
+def test_the_way_is_within_one_for_gradients_of_every_size(exponent: int, seed: int) -> None:
+    rule, segments = ScheduleFreeLSTMRule(), Segments([4, 1])
+    state = rule.init_state(segments)
+    for param, grad in zip(random_values((6, 5), seed).float(), random_values((6, 5), seed + 1)):
+        grad = (grad * 10.0**exponent).clamp(-3e38, 3e38).float()
+        with torch.no_grad():
+            statistics, tensor_state = rule.statistics(param, grad, state, segments)
+            _, coordinate_state = rule(param, grad, state, segments.expand(statistics))
+        state = {**tensor_state, **coordinate_state}
+        assert (statistics[-1].abs() <= 1.0).all()
+        assert all(value.isfinite().all() for value in state.values())
+
+
 def test_steps_far_beyond_training_are_served() -> None:
     rule, segments = random_rule({"kind": KIND, "max_time": 1000.0}, torch.float32), Segments([3])
     param, grad = torch.ones(3), torch.tensor([0.5, -2.0, 1e-3])
@@ -115,6 +146,8 @@ def test_steps_far_beyond_training_are_served() -> None:
         {"momentum_decay": 1.0},
         {"square_decay": math.nan},
         {"interpolation": -0.1},
+        {"way_decay": 1.0},
+        {"way_gain": 0.0},
         {"eps": 0.0},
         {"eps": 1e-60},
         {"nominal_step": math.inf},
