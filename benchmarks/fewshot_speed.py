@@ -109,6 +109,14 @@ def problems() -> list[Problem]:
             rate=0.4,
             first_order=True,
         ),
+        Problem(
+            "Conv4-64 with strides, MAML, 16 tasks, 5-way 1-shot, 1 query, 1 step",
+            "maml",
+            Conv4(64, downsample="stride"),
+            images(16, ways=5, shots=1, queries=1),
+            5,
+            rate=0.4,
+        ),
         Problem("Conv4-64, ProtoNet, 8 tasks, 5-way 1-shot", "protonet", conv, digits, 0),
     ]
 

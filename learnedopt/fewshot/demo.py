@@ -22,6 +22,7 @@ from learnedopt.fewshot.learners import (
     ProtoNetConfig,
 )
 from learnedopt.fewshot.training import EpisodeShape, FewShotRecipe, FewShotRun, FewShotTrainConfig, episode_source
+from learnedopt.rules import MetaLSTMConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class FewShotDemo:
     test: EpisodeShape = field(default_factory=EpisodeShape)
     episodes: int = 300
     """Frozen test episodes."""
-    backbone: BackboneConfig = field(default_factory=lambda: Conv4(width=32, downsample="stride"))
+    backbone: BackboneConfig = field(default_factory=lambda: Conv4(width=16, downsample="stride"))
     scale: float = 1.0
     """The number of training steps is multiplied by this."""
 
@@ -50,21 +51,32 @@ class Result:
 
 def methods(demo: FewShotDemo) -> list[tuple[str, FewShotRecipe]]:
     """What the demonstration trains, by name; nearest neighbour shares the network of fine-tuning."""
-    small = EpisodeShape(demo.test.ways, demo.test.shots, 3)
+    small = EpisodeShape(demo.test.ways, demo.test.shots, 5)
 
-    def recipe(name: str, learner: LearnerConfig, train: EpisodeShape, steps: int, batch: int = 1) -> FewShotRecipe:
+    def recipe(
+        name: str, learner: LearnerConfig, train: EpisodeShape, steps: int, batch: int = 1, rate: float = 1e-2
+    ) -> FewShotRecipe:
         steps = max(2, round(steps * demo.scale))
         training = FewShotTrainConfig(
-            steps, batch, schedule="cosine", validate_every=max(1, steps // 4), validation_episodes=30, seed=0
+            steps,
+            batch,
+            rate,
+            schedule="cosine",
+            clip_norm=1.0,
+            validate_every=max(1, steps // 2),
+            validation_episodes=30,
         )
         return FewShotRecipe(f"demo-{name}", name, demo.data, learner, demo.backbone, train, demo.test, training)
 
-    finetune = FinetuneConfig(learning_rates=(0.5, 0.1, 0.01), decays=(0.0,))
+    finetune = FinetuneConfig(learning_rate=0.01, learning_rates=(0.5, 0.1, 0.01), decays=(0.0,))
+    # Smaller inner rates than the published ones, and gates that start open: few steps of training go further.
+    maml = MAMLConfig(learning_rate=0.1)
+    meta_lstm = MetaLSTMLearnerConfig(steps=3, rule=MetaLSTMConfig(input_bias=(-1.0, 0.0)))
     return [
-        ("fine-tuning", recipe("finetune", finetune, small, 800)),
-        ("prototypical network", recipe("protonet", ProtoNetConfig(), EpisodeShape(20, 1, 3), 600)),
-        ("MAML", recipe("maml", MAMLConfig(), small, 250, batch=8)),
-        ("meta-LSTM", recipe("meta-lstm", MetaLSTMLearnerConfig(steps=8), small, 400)),
+        ("fine-tuning", recipe("finetune", finetune, small, 1000, rate=3e-3)),
+        ("prototypical network", recipe("protonet", ProtoNetConfig(), EpisodeShape(20, 1, 5), 600, rate=3e-3)),
+        ("MAML", recipe("maml", maml, small, 800, batch=8)),
+        ("meta-LSTM", recipe("meta-lstm", meta_lstm, small, 3000)),
     ]
 
 

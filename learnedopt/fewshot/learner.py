@@ -46,8 +46,9 @@ class LearnerConfig(Config):
     normalization: Normalization = "transductive"
     """Whose statistics batch normalization uses, see :mod:`learnedopt.fewshot.normalization`."""
     episodes_at_once: int | None = None
-    """How many episodes go through the network together. ``None`` is the faster way, by measurement: one after another
-    where a network with convolutions runs on the CPU, all together otherwise."""
+    """How many episodes go through the network together. ``None`` is the faster way, by measurement: all, but on the
+    CPU one after another where a convolution goes over every pixel, and where all convolutions have strides as many as
+    have 80 support examples."""
 
     def __post_init__(self) -> None:
         check_choice("normalization", self.normalization, NORMALIZATIONS)
@@ -228,7 +229,7 @@ class Learner(nn.Module, ABC):
         if len(support_x) == 0:
             raise ValueError("support_x holds no episodes")
         ways = self._check_targets(support_y, ways)
-        sizes = self._sizes(len(support_x), support_x.device)
+        sizes = self._sizes(support_x)
         parts = zip(support_x.split(sizes), support_y.split(sizes))
         return Adapted([self.fit_part(x, y, ways) for x, y in parts], sizes, shape, single)
 
@@ -249,7 +250,7 @@ class Learner(nn.Module, ABC):
                 f"{episodes.example_shape}"
             )
         self._check_targets(episodes.support_y, episodes.ways)
-        size = self._sizes(len(episodes), episodes.support_x.device)[0]
+        size = self._sizes(episodes.support_x)[0]
         if len(episodes) <= size:
             return self.losses(episodes).mean()
         parts = episodes.batches(size)
@@ -314,13 +315,19 @@ class Learner(nn.Module, ABC):
             )
         return ways
 
-    def _sizes(self, episodes: int, device: torch.device) -> list[int]:
+    def _sizes(self, support_x: Tensor) -> list[int]:
         """How many episodes go through the network together, turn by turn."""
-        size = self.config.episodes_at_once
+        episodes, size = len(support_x), self.config.episodes_at_once
         if size is None:
-            convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in self.modules())
-            size = 1 if convolutions and device.type == "cpu" else episodes
+            strides = [max(module.stride) for module in self.modules() if isinstance(module, nn.modules.conv._ConvNd)]
+            size = episodes
+            if strides and support_x.device.type == "cpu":
+                size = max(1, _IMAGES // support_x.shape[1]) if min(strides) > 1 else 1
         return [min(size, episodes - start) for start in range(0, episodes, size)]
+
+
+_IMAGES = 80
+"""In the support sets of episodes that convolutions with strides take together on the CPU."""
 
 
 class _Differentiated(torch.autograd.Function):

@@ -11,7 +11,7 @@ In an episode the question is what a query may be normalized with. There are thr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -71,25 +71,40 @@ class EpisodicBatchNorm(_BatchNorm):
         scope = _SCOPE.get()
         if scope is None:
             return super().forward(x)
-        if scope.running:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        if scope.rows is None or scope.rows >= len(x):
-            if scope.record is None:
-                return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-            # With a momentum of one, what torch puts into the running averages is this batch's statistics.
-            mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+        values = {"running_mean": self.running_mean, "running_var": self.running_var}
+        x, used = _normalized(x, 0, scope, self.eps, weight=self.weight, bias=self.bias, **values)
+        if scope.record is not None and used is not None:
+            scope.record[self] = used
+        return x
+
+    def episodes(self, x: Tensor, values: Mapping[str, Tensor], prefix: str) -> Tensor:
+        """What :meth:`forward` does to each of a batch of episodes, within :func:`statistics`.
+
+        Args:
+            x: ``(E, channels, n, ...)``.
+            values: Weight, bias and running averages to use in place of the module's own: ``(E, channels)``, or
+                ``(channels,)`` for all episodes.
+            prefix: Of their names.
+
+        Returns:
+            As ``x``. Statistics are recorded as ``(E, channels)``.
+        """
+        scope = _SCOPE.get()
+        assert scope is not None
+        episodes, channels = x.shape[:2]
+
+        def found(name: str) -> Tensor | None:
+            value = values.get(prefix + name, getattr(self, name))
+            return None if value is None else value.expand(episodes, channels).reshape(-1)
+
+        names = ("weight", "bias", "running_mean", "running_var") if scope.running else ("weight", "bias")
+        # Channels of different episodes are different channels, so that one operation does all.
+        flat = x.reshape(1, episodes * channels, x.shape[2], -1)
+        flat, used = _normalized(flat, 2, scope, self.eps, **{name: found(name) for name in names})
+        if scope.record is not None and used is not None:
+            mean, variance = (value.view(episodes, channels) for value in used)
             scope.record[self] = (mean, variance)
-            return F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
-        used = x[: scope.rows]
-        variance, mean = torch.var_mean(used, [axis for axis in range(x.ndim) if axis != 1], correction=0)
-        if scope.record is not None:
-            count = used.numel() // used.shape[1]
-            scope.record[self] = (mean.detach(), variance.detach() * count / max(count - 1, 1))
-        shape = (-1, *[1] * (x.ndim - 2))
-        scale = torch.rsqrt(variance + self.eps)
-        if self.weight is None:
-            return (x - mean.view(shape)) * scale.view(shape)
-        return torch.addcmul(self.bias.view(shape), x - mean.view(shape), (scale * self.weight).view(shape))
+        return flat.view(x.shape)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -108,6 +123,36 @@ class EpisodicBatchNorm(_BatchNorm):
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         for average, value in ((self.running_mean, mean), (self.running_var, variance)):
             (average if row is None else average[row]).lerp_(value, momentum)
+
+
+def _normalized(
+    x: Tensor,
+    axis: int,
+    scope: _Scope,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Normalize channels, which are axis 1; examples are along ``axis``. Also the statistics, if they were taken."""
+    if scope.running:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps), None
+    if scope.rows is None or scope.rows >= x.shape[axis]:
+        if scope.record is None:
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), None
+        # With a momentum of one, what torch puts into the running averages is this batch's statistics.
+        mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+        return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps), (mean, variance)
+    part = x.narrow(axis, 0, scope.rows)
+    variance, mean = torch.var_mean(part, [axis for axis in range(x.ndim) if axis != 1], correction=0)
+    count = part.numel() // part.shape[1]
+    used = (mean.detach(), variance.detach() * count / max(count - 1, 1))
+    shape = (-1, *[1] * (x.ndim - 2))
+    scale = torch.rsqrt(variance + eps)
+    if weight is None or bias is None:
+        return (x - mean.view(shape)) * scale.view(shape), used
+    return torch.addcmul(bias.view(shape), x - mean.view(shape), (scale * weight).view(shape)), used
 
 
 def episodic(module: nn.Module, track: bool) -> nn.Module:

@@ -197,6 +197,56 @@ def test_fully_connected_layers_run_on_all_episodes_at_once(layers: list[nn.Modu
     torch.testing.assert_close(derivatives(together), derivatives(torch.stack(alone)))
 
 
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("mode", ["episode", "running"])
+@pytest.mark.parametrize("shared", [(), ("bias",), ("0.weight", "0.bias")])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.BatchNorm2d(3), nn.Tanh(), nn.AdaptiveAvgPool2d(1)],
+        [nn.Conv2d(2, 3, (2, 3), padding=(0, 1), bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(3)],
+        [
+            nn.Conv2d(2, 3, 2, dilation=(2, 1)),
+            nn.Softplus(),
+            nn.Conv2d(3, 2, 1, stride=(1, 2)),
+            nn.BatchNorm2d(2, affine=False),
+        ],
+        [nn.Conv2d(2, 2, 2), nn.Flatten(), nn.BatchNorm1d(18), nn.Tanh()],
+        [nn.Conv2d(2, 2, 3, groups=2), nn.BatchNorm2d(2)],
+    ],
+)
+def test_convolutions_run_on_all_episodes_at_once(
+    layers: list[nn.Module], shared: tuple[str, ...], mode: str, rows: int | None
+) -> None:
+    """As one by one, whatever the way that is taken for these layers; statistics and derivatives too."""
+    draws = generator()
+    module = episodic(nn.Sequential(*copy.deepcopy(layers)), track=True).double()
+    x = torch.stack([images(5, seed) for seed in range(3)])
+    params = {
+        name: torch.randn(3, *value.shape, generator=draws, dtype=torch.float64).requires_grad_()
+        for name, value in module.named_parameters()
+        if not name.endswith(shared)
+    }
+    seen: list[Statistics] = []
+    running = mode == "running"
+    record = None if running else seen.append
+    found = [apply(module, params, x, rows=rows, running=running, record=record)]
+    for number in range(3):
+        mine = {name: value[number : number + 1] for name, value in params.items()}
+        part = apply(module, mine, x[number : number + 1], rows=rows, running=running, record=record)
+        found.append(part)
+    together, alone = found[0], torch.cat(found[1:])
+    torch.testing.assert_close(together, alone)
+    for norm, used in seen[0].items() if seen else ():
+        torch.testing.assert_close(used, tuple(torch.cat(parts) for parts in zip(*(one[norm] for one in seen[1:]))))
+    weights = list(params.values())
+    first = [torch.autograd.grad(out.pow(3).sum(), weights, create_graph=True) for out in (together, alone)]
+    torch.testing.assert_close(*first)
+    penalties = [torch.stack([grad.square().sum() for grad in grads]).sum() for grads in first]
+    second = [torch.autograd.grad(penalty, weights, materialize_grads=True) for penalty in penalties]
+    torch.testing.assert_close(*second)
+
+
 def test_hooks_are_not_passed_over() -> None:
     layer, draws = nn.Linear(2, 3), generator()
     layer.register_forward_hook(lambda module, inputs, outputs: 2 * outputs)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.fewshot import OMNIGLOT, SETTINGS, SINUSOID, omniglot_table, on_features, sinusoid_table, summary
+from benchmarks.fewshot import (
+    OMNIGLOT,
+    SETTINGS,
+    SINUSOID,
+    omniglot_table,
+    on_features,
+    runs,
+    sinusoid_table,
+    summary,
+)
 from learnedopt.fewshot import (
     DATASETS,
     LEARNERS,
     ClassSet,
     Conv4,
     Evaluation,
+    FewShotRun,
     FewShotTask,
     LearnerShape,
     evaluate,
@@ -66,6 +78,8 @@ def test_tables_hold_what_was_measured_and_what_is_missing(monkeypatch: pytest.M
     error = summary(Evaluation("mse", (1.0, float("inf")), 1, transductive=False))
     run = {"step": 7, "steps": 9, "seconds": 3}
     maml = {"label": "MAML, transductive", "setting": "5-way 1-shot", "recipe": "omniglot-maml-5way-1shot"}
+    lstm = {"label": "meta-LSTM", "setting": "5-way 1-shot", "recipe": "omniglot-meta-lstm-5way-1shot"}
+    baseline = {"label": "baseline-finetune", "setting": "5-way 1-shot", "recipe": "omniglot-finetune"}
     sine = {"label": "MAML", "setting": "5-shot, 1 step(s)", "recipe": "sinusoid-maml"}
     results = {
         "command": "this",
@@ -73,13 +87,34 @@ def test_tables_hold_what_was_measured_and_what_is_missing(monkeypatch: pytest.M
         "entries": {
             "a": {**maml, **run, **accuracy},
             "b": {**maml, **run, **accuracy, "mean": 0.99},
+            "d": {**lstm, **run, **accuracy},
+            "e": {**baseline, **run, **accuracy, "mean": 0.975},
             "c": {**sine, **run, **error},
         },
     }
     table = omniglot_table(results)
     assert "| MAML, transductive | 5-way 1-shot | 98.00 ± 1.96, sd 1.41 (2 seeds) | 0.10 | yes | 98.7 ± 0.4 |" in table
+    assert "| meta-LSTM | 5-way 1-shot | 97.00 ± 1.96 | 0.50 | yes |" in table, "below the baseline"
+    assert "| baseline-finetune | 5-way 1-shot | 97.50 ± 1.96 |  | yes |" in table
+    assert "train omniglot-meta-lstm-5way-1shot omniglot-maml-5way-1shot --root DIR --steps" in table
     assert "| MAML, transductive | 5-way 5-shot | not trained yet |" in table and " omniglot-maml-5way-5shot " in table
     assert "| MAML | 5-shot, 1 step(s) | not finite | not finite | 1 | 2 | 7 of 9 |" in sinusoid_table(results)
+
+
+def test_runs_are_found_with_the_seed_and_the_steps_that_they_were_begun_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipes()["sinusoid-maml"]
+    training = replace(recipe.training, seed=3, steps=2, validation_episodes=2)
+    for _ in FewShotRun(replace(recipe, training=training), tmp_path / "sinusoid-maml-seed3").run():
+        pass
+    monkeypatch.setattr(
+        "benchmarks.fewshot.load_recipes",
+        lambda: {recipe.name: replace(recipe, training=replace(training, seed=0, steps=9))},
+    )
+    ((name, seed, run),) = runs(Namespace(runs=tmp_path, recipe=[], root=None))
+    assert (name, seed, run.recipe.training.steps, run.finished) == ("sinusoid-maml", 3, 2, True)
 
 
 @pytest.mark.parametrize("config", [ProtoNetConfig(), MatchingConfig(full_context=True)])

@@ -166,13 +166,14 @@ def test_the_fast_way_and_the_loop_agree(kind: str, settings: dict[str, Any], mo
     torch.testing.assert_close(found[2], found[0])
 
 
-def test_convolutions_run_one_by_one_on_the_cpu_and_nothing_else_does() -> None:
+@pytest.mark.parametrize(("downsample", "sizes"), [("pool", [1] * 45), ("stride", [40, 5])])
+def test_how_many_episodes_go_together_depends_on_the_network(downsample: Any, sizes: list[int]) -> None:
     """The rule that :attr:`LearnerConfig.episodes_at_once` states, seen in how episodes are grouped."""
-    image = torch.rand(3, 2, 1, 16, 16)
-    learner = LEARNERS["maml"]().build(Conv4(2), LearnerShape((1, 16, 16), 2), generator())
-    assert learner.fit(image, torch.tensor([0, 1]).expand(3, 2)).sizes == [1, 1, 1]
-    some = episodes()
-    assert make("maml").fit(some.support_x, some.support_y).sizes == [3]
+    image = torch.rand(45, 2, 1, 16, 16)
+    learner = LEARNERS["maml"]().build(Conv4(2, downsample), LearnerShape((1, 16, 16), 2), generator())
+    assert learner.fit(image, torch.tensor([0, 1]).expand(45, 2)).sizes == sizes
+    some = episodes(45)
+    assert make("maml").fit(some.support_x, some.support_y).sizes == [45]
 
 
 def test_the_meta_loss_scales_and_is_constant_without_gradients() -> None:
