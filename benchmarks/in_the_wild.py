@@ -76,6 +76,8 @@ def main() -> None:
     results = json.loads(options.out.read_text()) if options.out.exists() else {"runs": []}
     if options.tables:
         return print_tables(results["runs"])
+    if options.scripts is None or options.data is None:
+        parser.error("to run the scripts, say where they and their data are: --scripts FOLDER --data FOLDER")
     done = {(run["script"], run["optimizer"], run["seed"]) for run in results["runs"]}
     rows = ((seed, name) for seed in range(3) for name in options.only if seed in SCRIPTS[name].seeds)
     for seed, name in rows:
