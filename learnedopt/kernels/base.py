@@ -51,16 +51,24 @@ class Tensors:
     the same tensors, however little it holds of them."""
     maximize: bool = False
     """Whether the rule is given the negative gradients."""
+    together: int | None = None
+    """How many tensors, of those that are not empty, are trained together; ``None`` if these are all."""
 
     @property
     def device(self) -> torch.device:
         return self.params[0].device
 
     @property
+    def num_together(self) -> int:
+        return sum(count > 0 for count in self.counts) if self.together is None else self.together
+
+    @property
     def segments(self) -> Segments:
         """Which tensor each coordinate belongs to, all tensors side by side."""
         sizes = [param.numel() for param in self.params]
-        return Segments(sizes) if self.total is None else _ShardedSegments(sizes, self.counts, self.total)
+        segments = Segments(sizes) if self.total is None else _ShardedSegments(sizes, self.counts, self.total)
+        segments.together = self.num_together
+        return segments
 
     def select(self, indices: Sequence[int]) -> Tensors:
         """Some of the tensors."""
@@ -70,6 +78,7 @@ class Tensors:
             grads=[self.grads[index] for index in indices],
             states=[self.states[index] for index in indices],
             counts=[self.counts[index] for index in indices],
+            together=self.num_together,
         )
 
 

@@ -391,9 +391,9 @@ class ScheduleFreeLSTMProgram(Program):
     """:class:`~learnedopt.rules.ScheduleFreeLSTMRule`."""
 
     def __init__(self, rule: ScheduleFreeLSTMRule) -> None:
-        super().__init__(rule, rule.lstm, 11, outputs=4, scalars=10)
+        super().__init__(rule, rule.lstm, 14, outputs=4, scalars=10)
         self._config = rule.config
-        self._readout_of_features, top = rule.readout.weight[:, :11].contiguous(), rule.readout.weight[:, 11:]
+        self._readout_of_features, top = rule.readout.weight[:, :14].contiguous(), rule.readout.weight[:, 14:]
         self._readout = torch.cat([top, rule.readout.bias.unsqueeze(1)], dim=1)
 
     def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
@@ -411,7 +411,7 @@ class ScheduleFreeLSTMProgram(Program):
                 factors = block.of_tensors(corrections, v.scalars[4:7])
                 a, g = self._directions(block, factors, momentum, square)
                 way.addcmul_(factors[2:3], v.param).sub_(v.param).clamp_(-limit, limit)
-                slope = torch.clamp(v.grad, -limit, limit, out=v.features[10:])
+                slope = torch.clamp(v.grad, -limit, limit, out=v.features[10:11])
                 products = v.features[2:10]
                 pairs = ((v.param, v.param), (a, g), (a, a), (offset, offset), (offset, a))
                 of_way = ((slope, way), (slope, slope), (way, way))

@@ -45,6 +45,7 @@ def statistics_from_sums(rule: TakesMeans, tensors: Tensors, sums: Callable[[Ten
     """
     form = FORMS[type(rule)]
     means = _KnownMeans(torch.zeros(form.sums, len(tensors.params), dtype=tensors.dtype, device=tensors.device))
+    means.together = tensors.num_together
     none = means.values.new_empty(0)
     state = dict.fromkeys(form.numbers, none)
     for name, spec in rule.state_spec().items():

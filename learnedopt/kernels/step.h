@@ -386,7 +386,7 @@ struct Averages {
 
 // ScheduleFreeLSTMRule
 struct ScheduleFreeLSTM {
-  static constexpr int FACTORS = 5, SHARED = 7, OWN = 4, FEATURES = OWN + SHARED, OUTPUTS = 4;
+  static constexpr int FACTORS = 5, SHARED = 10, OWN = 4, FEATURES = OWN + SHARED, OUTPUTS = 4;
 
   struct Settings {
     const float* readout;  // [features + units + bias][outputs]

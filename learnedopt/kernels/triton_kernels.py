@@ -163,7 +163,7 @@ def _origin(origins, at, here, corrections, column, num_tensors, param):
 def _of_features(weights, statistics, column, num_tensors, x0, x1, x2, x3):
     """What the features of the Schedule-Free LSTM contribute to one output."""
     shared = tl.load(weights + 4) * tl.load(statistics + 5 * num_tensors + column)
-    for k in tl.static_range(1, 7):
+    for k in tl.static_range(1, 10):
         shared += tl.load(weights + 4 + k) * tl.load(statistics + (5 + k) * num_tensors + column)
     own = tl.load(weights) * x0 + tl.load(weights + 1) * x1 + tl.load(weights + 2) * x2 + tl.load(weights + 3) * x3
     return own + shared
@@ -300,7 +300,7 @@ def step_kernel(
                         shared = tl.load(statistics + (3 + k) * num_tensors + tensor)
                         bias += tl.load(weights + (5 + k) * PADDED) * shared
                 if layer == 0 and RULE == SCHEDULE_FREE_LSTM:
-                    for k in tl.static_range(7):
+                    for k in tl.static_range(10):
                         shared = tl.load(statistics + (5 + k) * num_tensors + tensor)
                         bias += tl.load(weights + (4 + k) * PADDED) * shared
                 z = tl.broadcast_to(bias[:, None], (PADDED, BLOCK))
@@ -355,9 +355,9 @@ def step_kernel(
                     fourth += tl.load(readout + 3 * row + PADDED + 3)
                     of_features = readout + 4 * row
                     out += _of_features(of_features, statistics, tensor, num_tensors, x0, x1, x2, x3)
-                    second += _of_features(of_features + 11, statistics, tensor, num_tensors, x0, x1, x2, x3)
-                    third += _of_features(of_features + 22, statistics, tensor, num_tensors, x0, x1, x2, x3)
-                    fourth += _of_features(of_features + 33, statistics, tensor, num_tensors, x0, x1, x2, x3)
+                    second += _of_features(of_features + 14, statistics, tensor, num_tensors, x0, x1, x2, x3)
+                    third += _of_features(of_features + 28, statistics, tensor, num_tensors, x0, x1, x2, x3)
+                    fourth += _of_features(of_features + 42, statistics, tensor, num_tensors, x0, x1, x2, x3)
                 log_step = step_bound * _tanh(out * (step_gain / step_bound))
                 mix0, mix1 = mix_bound * _tanh(second / mix_bound), mix_bound * _tanh(third / mix_bound)
                 if RULE == SCHEDULE_FREE_LSTM:

@@ -231,8 +231,9 @@ class LearnedOptimizer(Optimizer):
         observed = self._read_loss(next((value for value in given if value is not None), None))
         skip = self._check_finite(observed)
         self._observed_loss = None
+        together = self._count_together()
         for group in self.param_groups:
-            self._update_group(group, observed, skip if group["nonfinite"] == "skip" else None)
+            self._update_group(group, observed, skip if group["nonfinite"] == "skip" else None, together)
         return returned
 
     def observe(self, loss: Loss) -> None:
@@ -442,7 +443,12 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"the training loss must have one element, got shape {tuple(loss.shape)}")
         return loss.reshape(())
 
-    def _update_group(self, group: dict[str, Any], loss: Tensor | None, skip: Tensor | None) -> None:
+    def _count_together(self) -> int:
+        """How many tensors are trained, in all groups. One without a gradient today may have one tomorrow."""
+        params = set(chain.from_iterable(group["params"] for group in self.param_groups))
+        return sum(param.numel() > 0 and (param.requires_grad or param.grad is not None) for param in params)
+
+    def _update_group(self, group: dict[str, Any], loss: Tensor | None, skip: Tensor | None, together: int) -> None:
         """Gather parameters, gradients and state by device, dtype and sharding; a backend does the rest."""
         sha256, lr = group["rule_sha256"], group["lr"]
         batches: dict[tuple[torch.device, torch.dtype, Spread | None], list[tuple[Tensor, Tensor, State]]] = {}
@@ -471,6 +477,7 @@ class LearnedOptimizer(Optimizer):
                 counts=[param.numel() for param in params],
                 total=None if layout is None else total_over(layout),
                 maximize=group["maximize"],
+                together=together,
             )
             rule = self._rules.placed(sha256, device, dtype)
             backend = self._agree(Case(rule, device, dtype, group["state_dtype"]), _mesh(layout))

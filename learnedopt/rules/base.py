@@ -51,6 +51,8 @@ class Segments:
     def __init__(self, sizes: Sequence[int], copies: int = 1) -> None:
         self.sizes = tuple(sizes)
         self.counts = self.sizes  # what a mean divides by; larger where this is but a shard of the tensors
+        # How many tensors, of those that are not empty, are trained together; more where these are some of them.
+        self.together = sum(size > 0 for size in self.sizes)
         self.copies = copies
         if copies < 1 or any(size < 0 for size in self.sizes):
             raise ValueError(f"copies must be at least 1 and no size negative, got {copies} and {self.sizes}")

@@ -16,7 +16,7 @@ from learnedopt.rules.recurrent import CoordinatewiseLSTM
 # Rows of the statistics: two bias corrections, whether this is the first step, the averaging weight, one over the RMS
 # of the offset, then the features that every coordinate of a tensor shares.
 _CORRECTIONS = 3
-_SHARED_FEATURES = 7
+_SHARED_FEATURES = 10
 _COORDINATE_FEATURES = 4
 _AVERAGES = ("slope", "steepness", "distance")
 
@@ -37,6 +37,10 @@ class ScheduleFreeLSTMConfig(RuleConfig):
     """Decay of the averages behind the correlation of gradients with the way back, :math:`\\beta_w`."""
     way_gain: float = 30.0
     """:math:`\\kappa`: as a feature, a correlation well beyond one over this counts for its sign alone."""
+    usual_scale: float = 0.1
+    """Tensors whose RMS is smaller than this at the first step count as small."""
+    warmup: float = 20.0
+    """How many steps count as the beginning."""
     eps: float = 1e-12
     nominal_step: float = 0.015
     """Step size before training, when the read-out is zero."""
@@ -84,8 +88,11 @@ class ScheduleFreeLSTMRule(UpdateRule):
             {\left(\overline{\|g\|^2}\; \overline{\|\theta_0 - \theta\|^2}\right)^{1/2}}\right)
 
     with bars for running averages of decay :math:`\beta_w` and :math:`\theta_0` for the parameters at the first step.
-    Where it is negative, a tensor has gone so far that the way back is downhill. As tensors are seen as wholes,
-    splitting a tensor in two changes its updates.
+    Where it is negative, a tensor has gone so far that the way back is downhill. The last three are there for networks
+    that want small steps, deep ones and wide ones: the log of the number of tensors that are trained together; the
+    *smallness*, the log of the tensor's RMS at the first step over ``usual_scale``, where that is negative and the RMS
+    not zero (both over 3, as above); and :math:`e^{-(t-1)/\tau}`, :math:`\tau` being ``warmup``. As tensors are seen as
+    wholes and counted, splitting one in two changes all updates.
 
     What follows from the form, whatever the weights (``tests/rules/`` checks each):
 
@@ -98,7 +105,8 @@ class ScheduleFreeLSTMRule(UpdateRule):
     ``lr`` multiplies :math:`\Delta\theta`, which is the same as multiplying :math:`s`, as long as it does not change.
 
     Shapes: state ``h``, ``c`` are ``(num_layers, hidden_size, N)``; ``momentum``, ``square``, ``offset``, ``origin``
-    (:math:`\theta_0`) are ``(N,)``; ``step``, ``slope``, ``steepness``, ``distance`` (the three averages) are ``(S,)``.
+    (:math:`\theta_0`) are ``(N,)``; ``step``, ``smallness``, and the three averages ``slope``, ``steepness`` and
+    ``distance`` are ``(S,)``.
 
     Source: this project. The form is that of Defazio et al. 2024, *The Road Less Scheduled* (arXiv:2405.15682, section
     2), the nominal averaging weight that of Shamir & Zhang 2013 (arXiv:1212.1824, section 4), the nominal term an idea
@@ -123,8 +131,8 @@ class ScheduleFreeLSTMRule(UpdateRule):
         for name in ("momentum_decay", "square_decay", "way_decay", "interpolation"):
             if not 0.0 <= getattr(config, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
-        positive = ("eps", "way_gain", "nominal_step", "log_step_gain", "log_step_bound", "mix_bound")
-        for name in (*positive, "log_averaging_bound"):
+        positive = ("eps", "way_gain", "usual_scale", "warmup", "nominal_step", "log_step_gain", "log_step_bound")
+        for name in (*positive, "mix_bound", "log_averaging_bound"):
             if not 0.0 < getattr(config, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
         if config.eps < 1e-18:
@@ -146,7 +154,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
             "square": StateSpec(),
             "offset": StateSpec(),
             "origin": StateSpec(),
-            **{name: StateSpec(scope="tensor") for name in ("step", *_AVERAGES)},
+            **{name: StateSpec(scope="tensor") for name in ("step", "smallness", *_AVERAGES)},
         }
 
     def update_bound(self) -> float:
@@ -189,6 +197,9 @@ class ScheduleFreeLSTMRule(UpdateRule):
         averaging = (config.averaging_power + 1.0) / (step + config.averaging_power)
         rms_offset, rms_a = (means[row].clamp(min=1e-24).sqrt() for row in (3, 2))
         log_param, log_a, log_offset = (means[row].add(1e-12).log() / 6.0 for row in (0, 2, 3))
+        smallness = (means[0].clamp(min=1e-30).log() / 2.0 - math.log(config.usual_scale)).clamp(-7.0, 0.0) / 3.0
+        smallness = torch.where(means[0] > 0.0, smallness, 0.0)
+        smallness = torch.where(step == 1.0, smallness, state["smallness"])
         shared = torch.stack(
             [
                 log_param.clamp(-7.0 / 3.0, 1.0),
@@ -198,10 +209,13 @@ class ScheduleFreeLSTMRule(UpdateRule):
                 (log_offset - log_param).clamp(-7.0 / 3.0, 1.0),
                 step.clamp(max=config.max_time).log() / math.log(config.max_time),
                 torch.tanh(config.way_gain * correlation),
+                torch.full_like(step, math.log(max(segments.together, 1)) / 3.0),
+                smallness,
+                torch.exp((1.0 - step) / config.warmup),
             ]
         )
         statistics = torch.cat([corrections, averaging[None], 1.0 / rms_offset[None], shared])
-        return statistics, {"step": step, **averages}
+        return statistics, {"step": step, "smallness": smallness, **averages}
 
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
         config = self.config

@@ -34,7 +34,7 @@ def make_rule(kind: str, generator: Generator, **settings: object) -> UpdateRule
     """A rule with random weights, small enough for rounding errors to die out over the steps."""
     rule = build_rule({"kind": kind, **settings}).requires_grad_(False)
     for weight in rule.parameters():
-        weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
     if isinstance(rule, MetaLSTMRule):
         rule.forget_gate.bias.fill_(4.5)
         rule.input_gate.bias.fill_(-4.5)

@@ -105,7 +105,7 @@ def test_gains_are_logarithms_of_speed() -> None:
         ("readout.bias[4]", "names no weight"),
         ("readout.bias", "names no weight"),
         ("readout.weight[3]", "names no weight"),
-        ("read.bias[0]", r"There are readout.weight \(4, 11\)"),
+        ("read.bias[0]", r"There are readout.weight \(4, 14\)"),
         ("readout.bias[0]", "the same weight"),
     ],
 )

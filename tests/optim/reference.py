@@ -164,12 +164,13 @@ class ReferenceLoop:
     @torch.no_grad()
     def step(self, grads: list[Tensor], loss: float, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         for i, grad in enumerate(grads):
-            param = self.params[i].to(self.dtype).reshape(-1)
+            param, segments = self.params[i].to(self.dtype).reshape(-1), Segments([grad.numel()])
+            segments.together = sum(each.numel() > 0 for each in self.params)
             delta, self.states[i] = self.rule.update(
                 param,
                 grad.to(self.dtype).reshape(-1),
                 self.states[i],
-                Segments([grad.numel()]),
+                segments,
                 torch.tensor(loss, dtype=self.dtype),
             )
             moved = (1 - lr * weight_decay) * param + lr * delta

@@ -189,6 +189,8 @@ class ScheduleFreeLSTMReference(AdamLSTMReference):
         log_rms_param, log_rms_a, log_rms_offset = (
             math.log(mean([x**2 for x in values]) + 1e-12) / 2 for values in (param, a, offset)
         )
+        rms_origin = math.sqrt(mean([x**2 for x in self.origins[t]]))
+        small = clip(math.log(rms_origin / config.usual_scale), -7, 0) / 3 if rms_origin else 0.0
         rms_offset = max(math.sqrt(mean([x**2 for x in offset])), 1e-12)
         rms_a = max(math.sqrt(mean([x**2 for x in a])), 1e-12)
         shared = [
@@ -199,6 +201,9 @@ class ScheduleFreeLSTMReference(AdamLSTMReference):
             clip(log_rms_offset - log_rms_param, -7, 3) / 3,
             math.log(min(self.time, config.max_time)) / math.log(config.max_time),
             math.tanh(config.way_gain * correlation),
+            math.log(len(self.square)) / 3,
+            small,
+            math.exp(-(self.time - 1) / config.warmup),
         ]
         inputs = [[a[j], g[j], abs(a[j]), offset[j] / rms_offset, *shared] for j in range(len(grad))]
         return [self.move(t, j, a[j], g[j], inputs[j]) for j in range(len(grad))]

@@ -14,6 +14,7 @@ from learnedopt.rules import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule, Segme
 from tests.rules.support import property_test, random_rule, random_values, run
 
 KIND = "schedule_free_lstm"
+WAY, TOGETHER, SMALLNESS, BEGINNING = -4, -3, -2, -1  # rows of the statistics
 
 
 @property_test
@@ -109,9 +110,26 @@ def test_the_way_tells_steps_that_led_on_from_steps_that_led_too_far() -> None:
             statistics, tensor_state = rule.statistics(param, param, state, segments)
             _, coordinate_state = rule(param, param, state, segments.expand(statistics))
         state = {**tensor_state, **coordinate_state}
-        ways.append(statistics[-1].tolist())
+        ways.append(statistics[WAY].tolist())
     assert ways[0] == [0.0, 0.0]
     assert all(on > 0.9 and beyond < -0.9 for on, beyond in ways[1:])
+
+
+def test_tensors_that_began_small_go_on_being_told_apart() -> None:
+    rule, segments = ScheduleFreeLSTMRule().double(), Segments([2, 2, 2])
+    state, seen = rule.init_state(segments, dtype=torch.float64), []
+    for scale in (1.0, 1e3, 0.0):
+        # A usual one, one of a tenth of that, and one that begins at zero, as biases do.
+        param = scale * torch.tensor([0.5, -0.5, 0.01, 0.01, 0.0, 0.0], dtype=torch.float64)
+        with torch.no_grad():
+            statistics, tensor_state = rule.statistics(param, torch.ones_like(param), state, segments)
+            _, coordinate_state = rule(param, torch.ones_like(param), state, segments.expand(statistics))
+        state = {**tensor_state, **coordinate_state}
+        seen.append(statistics)
+    for step, statistics in enumerate(seen):
+        assert statistics[SMALLNESS].tolist() == pytest.approx([0.0, -math.log(10.0) / 3, 0.0])
+        assert statistics[TOGETHER].tolist() == pytest.approx([math.log(3.0) / 3] * 3)
+        assert statistics[BEGINNING].tolist() == pytest.approx([math.exp(-step / 20)] * 3)
 
 
 @property_test
@@ -125,7 +143,7 @@ def test_the_way_is_within_one_for_gradients_of_every_size(exponent: int, seed: 
             statistics, tensor_state = rule.statistics(param, grad, state, segments)
             _, coordinate_state = rule(param, grad, state, segments.expand(statistics))
         state = {**tensor_state, **coordinate_state}
-        assert (statistics[-1].abs() <= 1.0).all()
+        assert (statistics[WAY].abs() <= 1.0).all()
         assert all(value.isfinite().all() for value in state.values())
 
 
@@ -148,6 +166,8 @@ def test_steps_far_beyond_training_are_served() -> None:
         {"interpolation": -0.1},
         {"way_decay": 1.0},
         {"way_gain": 0.0},
+        {"usual_scale": 0.0},
+        {"warmup": -1.0},
         {"eps": 0.0},
         {"eps": 1e-60},
         {"nominal_step": math.inf},
