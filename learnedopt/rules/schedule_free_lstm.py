@@ -39,7 +39,7 @@ class ScheduleFreeLSTMConfig(RuleConfig):
     """:math:`\\kappa`: as a feature, a correlation well beyond one over this counts for its sign alone."""
     usual_scale: float = 0.1
     """Tensors whose RMS is smaller than this at the first step count as small."""
-    warmup: float = 20.0
+    warmup: float = 10.0
     """How many steps count as the beginning."""
     eps: float = 1e-12
     nominal_step: float = 0.015

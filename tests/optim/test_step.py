@@ -228,6 +228,21 @@ def test_expanded_parameters_are_refused_before_anything_changes(case: Case) -> 
     optimizer.step(loss=1.0)
 
 
+def test_all_that_is_trained_is_counted_however_it_is_grouped() -> None:
+    """The default sees the number of tensors: of all groups, not of those that are empty or frozen."""
+    case, results = CASES["schedule-free"], []
+    for grouped in (False, True):
+        first, second = params = draw_params(generator(), ["vector", "matrix"])
+        others = [torch.zeros(0, requires_grad=True), torch.zeros(2)] if grouped else []
+        groups = [{"params": [first, *others]}, {"params": [second]}] if grouped else params
+        optimizer = case.build(groups)  # type: ignore[arg-type]
+        for seed in (1, 2):
+            draw_grads(generator(seed), params)
+            optimizer.step()
+        results.append([param.detach() for param in params])
+    assert same_bits(*results)
+
+
 @each_case
 def test_tied_weights_are_one_parameter(case: Case) -> None:
     first, second = (nn.Linear(4, 4, bias=False) for _ in range(2))

@@ -129,7 +129,7 @@ def test_tensors_that_began_small_go_on_being_told_apart() -> None:
     for step, statistics in enumerate(seen):
         assert statistics[SMALLNESS].tolist() == pytest.approx([0.0, -math.log(10.0) / 3, 0.0])
         assert statistics[TOGETHER].tolist() == pytest.approx([math.log(3.0) / 3] * 3)
-        assert statistics[BEGINNING].tolist() == pytest.approx([math.exp(-step / 20)] * 3)
+        assert statistics[BEGINNING].tolist() == pytest.approx([math.exp(-step / 10)] * 3)
 
 
 @property_test
