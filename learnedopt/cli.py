@@ -1,4 +1,4 @@
-"""The command line: ``learnedopt demo``, ``zoo list``, ``zoo show``, ``meta-train``, ``benchmark``, ``fewshot``."""
+"""The command line: ``learnedopt demo``, ``zoo``, ``meta-train``, ``benchmark``, ``fewshot``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
-    if arguments.command is _meta_train:
+    if arguments.command in (_meta_train, _zoo_train):
         arguments.more = more
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -62,12 +62,24 @@ def _parser() -> argparse.ArgumentParser:
     show = _command(entry_commands, "show", _zoo_show, "how one was made, what it is good at and where it fails")
     show.add_argument("name", metavar="NAME", help="a name in the zoo, or an entry's folder")
 
+    again = _command(entry_commands, "train", _zoo_train, "train an entry of the zoo again, by the recipe that made it")
+    again.add_argument("recipe", metavar="NAME", help="a name in the zoo")
+    again.add_argument("--resume", action="store_true", help="go on with the run in --out, from where it stopped")
+    _training_options(again)
+
     train = _command(commands, "meta-train", _meta_train, "train a rule by a recipe, going on from where it stopped")
+    train.add_argument("recipe", metavar="RECIPE", help="a Python file, or a name in meta_training/")
+    _training_options(train)
+    _benchmark_commands(commands)
+    _fewshot_commands(commands)
+    return parser
+
+
+def _training_options(train: argparse.ArgumentParser) -> None:
     train.epilog = (
         "Settings of the recipe can be replaced after it, for example --training.updates 100 --rule.hidden-size 8; "
-        "RECIPE --settings lists them. Under torchrun, its processes train together."
+        "--settings lists them. Under torchrun, its processes train together."
     )
-    train.add_argument("recipe", metavar="RECIPE", help="a Python file, or a name in meta_training/")
     train.add_argument("--settings", action="store_true", help="list the settings of the recipe and leave")
     train.add_argument("--out", type=Path, metavar="FOLDER", help="checkpoint and log (runs/ and the recipe's name)")
     train.add_argument("--root", type=Path, metavar="DIR", help="folder of downloaded data, for recipes that need some")
@@ -79,9 +91,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--export", type=Path, metavar="ZOO_FOLDER", help="write the best rule there as a zoo entry at the end"
     )
-    _benchmark_commands(commands)
-    _fewshot_commands(commands)
-    return parser
 
 
 def _fewshot_commands(commands: Any) -> None:
@@ -197,6 +206,17 @@ def _zoo_show(arguments: argparse.Namespace) -> int:
         print(f"{name + ':':<17}{value}")
     print(f"\n{entry.card.rstrip()}")
     return 0
+
+
+def _zoo_train(arguments: argparse.Namespace) -> int:
+    zoo.entry_info(arguments.recipe)
+    folder = arguments.out or Path("runs") / arguments.recipe
+    there = (folder / "checkpoint.pt").exists()
+    if there and not arguments.resume and not arguments.settings:
+        raise ValueError(f"{folder} holds a run already: go on with it by --resume, or give another --out")
+    if arguments.resume and not there:
+        raise ValueError(f"there is no run to resume in {folder}: leave out --resume, or say where by --out")
+    return _meta_train(arguments)
 
 
 def _benchmark_list(arguments: argparse.Namespace) -> int:

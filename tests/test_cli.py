@@ -161,6 +161,24 @@ def test_meta_training_continues_to_the_same_weights(elsewhere: Path, capsys: Ca
     assert all(torch.equal(checkpoints[0][name], checkpoints[1][name]) for name in checkpoints[0])
 
 
+def test_an_entry_of_the_zoo_is_trained_again_in_several_sittings(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(ROOT)  # where the recipes are
+    options = ["--training.copies", "2", "--time-limit", "0", "--out", str(elsewhere / "run")]
+    again = ["zoo", "train", "quadratic", *options]
+    assert main([*again, "--resume"]) == 2
+    assert "there is no run to resume" in capsys.readouterr().err
+    assert main(again) == 0
+    assert "stopped at update 1, all of it saved" in capsys.readouterr().out
+    assert main(again) == 2
+    assert "holds a run already: go on with it by --resume" in capsys.readouterr().err
+    assert main([*again, "--resume"]) == 0
+    assert "stopped at update 2, all of it saved" in capsys.readouterr().out
+    assert main(["zoo", "train", "nothing", *options]) == 2
+    assert "the zoo has no entry 'nothing'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_between_two_updates(number: signal.Signals, elsewhere: Path, capsys: Captured) -> None:
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
