@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -230,7 +230,7 @@ def test_statistics_are_the_rules(kind: str, generator: Generator) -> None:
     rule = make_rule(kind, generator)
     problem = make_problem(rule, [*SHAPES, (20000,)], "float32")
     run(problem, NativeBackend(), 2)
-    tensors = problem.tensors(gradients(problem.params, generator))
+    tensors = replace(problem.tensors(gradients(problem.params, generator)), together=100)
     actual, state = NativeBackend().statistics(rule, tensors, None)
     expected, expected_state = ReferenceBackend().statistics(rule, tensors, None)
     assert_close(actual, expected, 1e-5)
