@@ -33,8 +33,6 @@ import numpy as np
 
 Result = dict[str, Any]
 LEARNED = "LearnedOptimizer"
-ROWS = {LEARNED: "", f"{LEARNED}, lr=0.25": ", lr=0.25"}
-"""Rows of ours, each with what it adds to the arguments: the default rule as it is, and a quarter of its steps."""
 RESNET_IMAGES = (160, 50)
 """Of each class, to train and to validate: 25 steps of 64 in an epoch."""
 
@@ -82,7 +80,7 @@ def main() -> None:
     rows = ((seed, name) for seed in range(3) for name in options.only if seed in SCRIPTS[name].seeds)
     for seed, name in rows:
         script = SCRIPTS[name]
-        for optimizer in [*script.optimizers, *ROWS]:
+        for optimizer in [*script.optimizers, LEARNED]:
             if (name, optimizer, seed) in done or optimizer not in (options.optimizers or [optimizer]):
                 continue
             print(name, optimizer, seed, flush=True)
@@ -99,10 +97,9 @@ def run_script(script: Script, optimizer: str, seed: int, scripts: Path, data: P
         work, source = Path(temporary, "work"), Path(temporary, "source")
         work.mkdir()
         shutil.copytree(scripts / script.folder, source, ignore=shutil.ignore_patterns(".git", "output"))
-        opt, lr = next(iter(script.optimizers.values())) if optimizer in ROWS else script.optimizers[optimizer]
-        if optimizer in ROWS:
-            replacement = script.replacement.removesuffix(")") + ROWS[optimizer] + ")"
-            change_optimizer(source / script.changed_file, script.marker, replacement)
+        opt, lr = next(iter(script.optimizers.values())) if optimizer == LEARNED else script.optimizers[optimizer]
+        if optimizer == LEARNED:
+            change_optimizer(source / script.changed_file, script.marker, script.replacement)
         script.prepare(data, work, opt, lr, seed)
         arguments = script.arguments.format(opt=opt, lr=lr, seed=seed, work=work, data=data).split()
         record = Path(temporary, "record.json")
@@ -173,7 +170,7 @@ def print_tables(runs: list[Result]) -> None:
         columns = [*script.columns, ("step_ms", "ms per step"), ("optimizer_ms", "of which optimizer")]
         print(f"\n{name}\n\n| | {' | '.join(heading for _, heading in columns)} | seeds |")
         print("|---" + "|--:" * (len(columns) + 1) + "|")
-        for optimizer in [*script.optimizers, *ROWS]:
+        for optimizer in [*script.optimizers, LEARNED]:
             mine = [run for run in runs if run["script"] == name and run["optimizer"] == optimizer]
             if mine:
                 values = [[run[key] for run in mine if key in run] for key, _ in columns]
@@ -269,7 +266,7 @@ SCRIPTS = {
         changed_file="train.py",
         marker="torch.optim.AdamW(",
         replacement=f"optimizer = {LEARNED}(parameters)",
-        arguments="--data-path {work} --model resnet18 --device cpu --batch-size 64 --epochs 2 --workers 0 "
+        arguments="--data-path {work} --model resnet18 --device cpu --batch-size 64 --epochs 6 --workers 0 "
         "--print-freq 1 --train-crop-size 32 --val-resize-size 32 --val-crop-size 32 --output-dir {work} "
         "--opt {opt} --lr {lr}",
         optimizers=adamw(1e-3, 3e-4, 3e-3) | {"SGD, 0.1, the script's own": ("sgd", 0.1)},
