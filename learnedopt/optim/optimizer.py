@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -87,7 +88,8 @@ class LearnedOptimizer(Optimizer):
         rule: A name in the zoo, the folder of an entry, or a rule object, of which a copy is kept. ``None`` is the
             class's default. In the groups it appears as a name (``"rule"``) and a fingerprint (``"rule_sha256"``).
         lr: Multiplies the learned update. May be a tensor of one element.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay, multiplied by ``lr`` as AdamW's is, which is 1 here and 0.001 or so there:
+            give the product of AdamW's two. A warning is given where a step takes more than a thousandth off a weight.
         maximize: Give the rule the negative gradient.
         nonfinite: What to do about gradients that are not finite: ``"propagate"``, ``"skip"`` or ``"raise"``.
         state_dtype: How state is kept between steps: ``torch.float32`` (or wider, see above), ``torch.bfloat16``, or
@@ -166,6 +168,7 @@ class LearnedOptimizer(Optimizer):
             if param_group.get("rule_sha256") not in self._rules:
                 param_group.update(self._identity(param_group.get("rule")))
         super().add_param_group(param_group)
+        _warn_of_decay_meant_for_another_lr(self.param_groups[-1])
         self._place_rule(self.param_groups[-1])
 
     @property
@@ -561,6 +564,17 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _warn_of_decay_meant_for_another_lr(group: dict[str, Any]) -> None:
+    decay = float(group["lr"]) * group["weight_decay"]
+    if decay > 1e-3:
+        warnings.warn(
+            f"weight_decay={group['weight_decay']:g} at lr={float(group['lr']):g} takes {100 * decay:.2g} % off every "
+            "weight in every step. If it was chosen for AdamW, multiply it by the learning rate that AdamW had: lr "
+            "multiplies a learned update, and is 1 by default",
+            stacklevel=4,
+        )
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:

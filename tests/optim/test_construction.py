@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_bad_numbers_are_refused_for_the_optimizer_and_for_a_group(
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)], **options})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(("lr", "decay", "warned"), [(1.0, 0.01, True), (1.0, 1e-5, False), (1e-3, 0.1, False)])
+def test_weight_decay_meant_for_a_small_lr_is_noticed(lr: float, decay: float, warned: bool) -> None:
+    groups: list[dict[str, Any]] = [{"params": [torch.ones(2)], "weight_decay": decay}, {"params": [torch.ones(2)]}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LearnedOptimizer(groups, rule=LSTMRule(), lr=lr)
+    assert [str(one.message).split(" in every step")[0] for one in caught] == (
+        ["weight_decay=0.01 at lr=1 takes 1 % off every weight"] if warned else []
+    )
 
 
 @each_case
@@ -180,6 +192,7 @@ def test_the_rule_of_the_caller_is_copied_and_left_as_it_is(case: Case) -> None:
     optimizer.add_param_group({"params": [twin]})
     twin.grad = torch.ones(3)
     param.grad = None
+    param.requires_grad_(False)  # twin is alone again, as the default sees it
     optimizer.step(loss=1.0)
     assert torch.equal(twin, param)
 

@@ -99,8 +99,15 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
         _fixed("sorting", "attention", sequences.sorting_transformer, "post-norm, no mask, numbers for characters"),
     ),
     "heldout": (
-        _fixed("wide-mlp", "dense", perceptrons.wide_mlp, "wider by a third; other images, 26 classes"),
-        _fixed("deep-tanh", "dense", perceptrons.deep_tanh, "10 hidden layers, trained on up to 8; other images"),
+        _fixed(
+            "wide-mlp", "dense", perceptrons.wide_mlp, "other images, 26 classes; size within the training distribution"
+        ),
+        _fixed(
+            "deep-tanh",
+            "dense",
+            perceptrons.deep_tanh,
+            "other images; 10 hidden layers as in training, narrower than those",
+        ),
         _fixed("residual-quantiles", "dense", perceptrons.residual_quantiles, "residual, SiLU, quantile loss, tabular"),
         _fixed("mlp-mixer", "dense", perceptrons.mlp_mixer, "mixing of patches, residual; other images"),
         _fixed(
