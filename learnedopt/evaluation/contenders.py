@@ -19,7 +19,7 @@ from learnedopt.rules import UpdateRule
 from learnedopt.tasks.base import Params
 from learnedopt.zoo import ZooError, load_rule, rule_fingerprint
 
-Layout = Literal["elementwise", "tensors", "copies", "stacked"]
+Layout = Literal["elementwise", "copies", "stacked"]
 
 
 @dataclass(frozen=True, order=True)
@@ -45,8 +45,8 @@ class Contender:
     """From parameters and a :class:`Setting`; for ``"stacked"`` from named tensors and a sequence of settings."""
     layout: Layout
     """``"elementwise"``: what a coordinate does depends on itself alone, so one optimizer may hold all copies of a
-    setting as one vector. ``"tensors"``: each tensor is treated by itself, so one may hold the tensors of all copies.
-    ``"copies"``: an optimizer for each copy. ``"stacked"``: one for all copies of all settings, made for that."""
+    setting as one vector. ``"copies"``: an optimizer for each copy. ``"stacked"``: one for all copies of all settings,
+    made for that."""
     decays: tuple[float, ...] = ()
     """Weight decays to tune over besides that of ``default``."""
     schedule: Callable[[int, int], float] | None = field(default=None, repr=False)
