@@ -103,7 +103,8 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 @each_kind
 @pytest.mark.parametrize("maximize", [False, True])
 def test_fifty_steps_are_the_references(kind: str, maximize: bool, generator: Generator) -> None:
-    rule = make_rule(kind, generator, 0.05)
+    # Where steps depend on correlations of whole tensors, larger random weights let rounding errors grow.
+    rule = make_rule(kind, generator, 0.05 if kind == "schedule_free_lstm" else 0.2)
     native, reference = (make_problem(rule, SHAPES, "float32") for _ in range(2))
     run(native, NativeBackend(), 50, maximize)
     run(reference, ReferenceBackend(), 50, maximize)
