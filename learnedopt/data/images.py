@@ -83,9 +83,13 @@ def fashion_mnist(root: str | PathLike[str], download: bool = False) -> ImageDat
 def cifar10(root: str | PathLike[str], download: bool = False) -> ImageData:
     """CIFAR-10 through torchvision: 45,000 training images, the last 5,000 for validation, 10,000 test images.
 
-    Colour images of 32 x 32 pixels, 740 MB in memory. The files are looked for in ``<root>/cifar-10-batches-py``.
-    Raises as :func:`mnist` does. A copy as folders of JPEG or PNG files is read by :func:`image_folder`.
+    Colour images of 32 x 32 pixels, 740 MB in memory. The files are looked for in ``<root>/cifar-10-batches-py``; where
+    that is not, a copy as JPEG or PNG files in ``<root>/cifar10`` is read by :func:`image_folder`. Raises as
+    :func:`mnist` does.
     """
+    copied = Path(root) / "cifar10"
+    if copied.is_dir() and not ((Path(root) / "cifar-10-batches-py").exists() or download):
+        return image_folder(copied)
     return _torchvision("cifar10", "CIFAR10", root, download, "cifar-10-batches-py", "data_batch_1", held_out=10)
 
 

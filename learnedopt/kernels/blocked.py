@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from learnedopt.kernels import blocks
@@ -25,6 +26,9 @@ from learnedopt.rules import (
     AdamLSTMRule,
     LSTMRule,
     MetaLSTMRule,
+    RNNpropConfig,
+    RNNpropRule,
+    ScheduleFreeLSTMConfig,
     ScheduleFreeLSTMRule,
     Segments,
     State,
@@ -453,16 +457,59 @@ class ScheduleFreeLSTMProgram(Program):
 
     def _directions(self, block: Block, corrections: Tensor, momentum: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         """Advance the moments; the momentum and the gradient over the running RMS, the first two features."""
+        v = block.views
+        return _adam_directions(v.grad, corrections, momentum, square, self._config, v.features[:2], v.scalars[9:])
+
+
+class RNNpropProgram(Program):
+    """:class:`~learnedopt.rules.RNNpropRule`."""
+
+    def __init__(self, rule: RNNpropRule) -> None:
+        super().__init__(rule, rule.lstm, rule.config.hidden_size, outputs=1, scalars=8)
+        self._config = rule.config
+        self._inputs, self._readout = (
+            torch.cat([linear.weight, linear.bias.unsqueeze(1)], dim=1) for linear in (rule.inputs, rule.readout)
+        )
+
+    def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
+        none = torch.empty(0, dtype=tensors.dtype)
+        steps = {"step": torch.stack([state["step"] for state in tensors.states])}
+        return rule.statistics(none, none, steps, Segments([0] * len(tensors.params)))
+
+    def delta(self, block: Block, statistics: Tensor) -> Tensor:
         v, config = block.views, self._config
-        limits = torch.finfo(self._dtype)
-        limit = 0.5 * math.sqrt(limits.max)
-        grad = v.grad.clamp_(-limit, limit)
-        momentum.mul_(config.momentum_decay).add_(grad, alpha=1.0 - config.momentum_decay)
-        rms = torch.mul(grad, grad, out=v.scalars[9:])
-        square.mul_(config.square_decay).add_(rms, alpha=1.0 - config.square_decay)
-        torch.mul(square, corrections[1:2], out=rms).clamp_(min=limits.tiny).sqrt_().add_(config.eps)
-        a = torch.mul(momentum, corrections[:1], out=v.features[:1]).div_(rms)
-        return a, torch.div(grad, rms, out=v.features[1:2])
+        names = ("momentum", "square")
+        momentum, square = moments = [block.open(name, 0, row) for name, row in zip(names, v.scalars[:2].split(1))]
+        corrections = block.of_tensors(statistics, v.scalars[2:4])
+        directions, rms = v.scalars[4:7], v.scalars[7:]
+        _adam_directions(v.grad, corrections, momentum, square, config, directions[:2], rms)
+        for name, row in zip(names, moments):
+            block.write(name, 0, row)
+        directions[2].fill_(1.0)
+        F.elu_(torch.mm(self._inputs, directions, out=v.features))
+        self.run_lstm(block)
+        return torch.mm(self._readout, v.top, out=v.out).tanh_().mul_(-config.output_scale)
+
+
+def _adam_directions(
+    grad: Tensor,
+    corrections: Tensor,
+    momentum: Tensor,
+    square: Tensor,
+    config: ScheduleFreeLSTMConfig | RNNpropConfig,
+    out: Tensor,
+    rms: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """:func:`~learnedopt.rules.moments.adam_directions` into the two rows of ``out``, the moments where they are."""
+    limits = torch.finfo(grad.dtype)
+    limit = 0.5 * math.sqrt(limits.max)
+    grad.clamp_(-limit, limit)
+    momentum.mul_(config.momentum_decay).add_(grad, alpha=1.0 - config.momentum_decay)
+    torch.mul(grad, grad, out=rms)
+    square.mul_(config.square_decay).add_(rms, alpha=1.0 - config.square_decay)
+    torch.mul(square, corrections[1:2], out=rms).clamp_(min=limits.tiny).sqrt_().add_(config.eps)
+    a = torch.mul(momentum, corrections[:1], out=out[:1]).div_(rms)
+    return a, torch.div(grad, rms, out=out[1:])
 
 
 def _log_sign(x: Tensor, p: float, out: Tensor) -> None:
@@ -476,6 +523,7 @@ _PROGRAMS: dict[type[UpdateRule], Callable[[Any], Program]] = {
     MetaLSTMRule: MetaLSTMProgram,
     AdamLSTMRule: AdamLSTMProgram,
     ScheduleFreeLSTMRule: ScheduleFreeLSTMProgram,
+    RNNpropRule: RNNpropProgram,
 }
 _READY: WeakKeyDictionary[UpdateRule, Program] = WeakKeyDictionary()
 

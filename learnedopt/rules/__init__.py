@@ -13,6 +13,7 @@ from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, Update
 from learnedopt.rules.lstm import LSTMConfig, LSTMRule
 from learnedopt.rules.meta_lstm import MetaLSTMConfig, MetaLSTMRule
 from learnedopt.rules.preprocessing import log_sign
+from learnedopt.rules.rnnprop import RNNpropConfig, RNNpropRule
 from learnedopt.rules.schedule_free_lstm import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule
 
 RULES: dict[str, type[UpdateRule]] = {
@@ -22,6 +23,7 @@ RULES: dict[str, type[UpdateRule]] = {
         MetaLSTMRule,
         AdamLSTMRule,
         ScheduleFreeLSTMRule,
+        RNNpropRule,
     )
 }
 
@@ -50,6 +52,8 @@ __all__ = [
     "LSTMRule",
     "MetaLSTMConfig",
     "MetaLSTMRule",
+    "RNNpropConfig",
+    "RNNpropRule",
     "RuleConfig",
     "ScheduleFreeLSTMConfig",
     "ScheduleFreeLSTMRule",

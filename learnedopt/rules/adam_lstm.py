@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
+from learnedopt.rules.moments import momentum_bound
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
 
 # Rows of the statistics: three bias corrections, then the features every coordinate of a tensor shares.
@@ -115,9 +116,8 @@ class AdamLSTMRule(UpdateRule):
     def update_bound(self) -> float:
         r"""The largest change of any coordinate in one step at ``lr=1``, for any weights and any gradients.
 
-        By Cauchy-Schwarz :math:`|\hat m_t| \le \kappa \sqrt{\hat v_t}` with
-        :math:`\kappa^2 = \max_t \sum_{j<t} w_j^2 / u_j`, :math:`w` and :math:`u` the bias-corrected averaging
-        weights of the two moments. The sum is finite for :math:`\beta^2 < \beta_v`, otherwise this is infinite.
+        With :math:`\kappa_1`, :math:`\kappa_2` what :func:`~learnedopt.rules.moments.momentum_bound` gives for the two
+        momenta; infinite unless both ``decay² < square_decay``.
         """
         config = self.config
         fast, slow = (momentum_bound(decay, config.square_decay) for decay in (config.fast_decay, config.slow_decay))
@@ -174,10 +174,3 @@ class AdamLSTMRule(UpdateRule):
         rms = (square * corrections[2]).clamp(min=torch.finfo(grad.dtype).tiny).sqrt() + config.eps
         normalised = (fast * corrections[0] / rms, slow * corrections[1] / rms, grad / rms)
         return {"fast": fast, "slow": slow, "square": square}, normalised
-
-
-def momentum_bound(decay: float, square_decay: float) -> float:
-    gap = square_decay - decay * decay
-    if gap <= 0.0:
-        return math.inf
-    return (1.0 - decay) * math.sqrt(square_decay / ((1.0 - square_decay) * gap))

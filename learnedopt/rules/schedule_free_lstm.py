@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from learnedopt.rules.adam_lstm import momentum_bound
 from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
+from learnedopt.rules.moments import adam_directions, bias_correction, momentum_bound
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
 
 # Rows of the statistics: two bias corrections, whether this is the first step, the averaging weight, one over the RMS
@@ -160,7 +160,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
     def update_bound(self) -> float:
         r"""The largest change of any coordinate in one step at ``lr=1``, for any weights and any gradients.
 
-        With :math:`\kappa` as in :meth:`AdamLSTMRule.update_bound`,
+        With :math:`\kappa` from :func:`~learnedopt.rules.moments.momentum_bound`,
         :math:`|s| \le \sigma = \alpha\, e^{S}\, ((1 + M)\, \kappa_{\tilde g} + M \kappa_a)`. Averaging weights never
         fall below :math:`e^{-2C}` times what a later one can be, so :math:`|c\, d| \le \beta e^{2C} \sigma` and
         :math:`|\Delta\theta| \le (1 + \beta e^{2C})\, \sigma`. Infinite unless ``momentum_decay² < square_decay``.
@@ -175,7 +175,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
         """The first rows of the statistics, ``(3, S)``: bias corrections of the moments after the step to come, and
         whether that is the first step."""
         step, decays = state["step"] + 1.0, (self.config.momentum_decay, self.config.square_decay)
-        return torch.stack([*(_bias_correction(decay, step) for decay in decays), (step == 1.0).to(step)])
+        return torch.stack([*(bias_correction(decay, step) for decay in decays), (step == 1.0).to(step)])
 
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
@@ -239,20 +239,13 @@ class ScheduleFreeLSTMRule(UpdateRule):
         return delta, {**units, **moments, "offset": (1.0 - weight) * (offset - beta * move), "origin": origin}
 
     def _directions(self, grad: Tensor, state: State, corrections: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
-        """The new moments, and the momentum and the gradient over the running RMS."""
+        """:func:`~learnedopt.rules.moments.adam_directions`."""
         config = self.config
-        # Beyond this the square overflows, and an infinite second moment turns into NaN at the next step.
-        limit = 0.5 * math.sqrt(torch.finfo(grad.dtype).max)
-        grad = grad.clamp(-limit, limit)
-        # Not torch.lerp: in float32 it takes 1 - 0.999 for a number that is off by 1e-5 of itself.
-        fast, slow = config.momentum_decay, config.square_decay
-        momentum = fast * state["momentum"] + (1.0 - fast) * grad
-        square = slow * state["square"] + (1.0 - slow) * grad.square()
-        # The square root of zero has no derivative; the clamp keeps second-order meta-gradients from NaN there.
-        rms = (square * corrections[1]).clamp(min=torch.finfo(grad.dtype).tiny).sqrt() + config.eps
-        return {"momentum": momentum, "square": square}, (momentum * corrections[0] / rms, grad / rms)
-
-
-def _bias_correction(decay: float, step: Tensor) -> Tensor:
-    """``1 / (1 - decay**step)``, without the digits that the subtraction would lose in float32."""
-    return -1.0 / torch.expm1(step * math.log(decay)) if decay else torch.ones_like(step)
+        return adam_directions(
+            grad,
+            state,
+            corrections,
+            momentum_decay=config.momentum_decay,
+            square_decay=config.square_decay,
+            eps=config.eps,
+        )

@@ -102,6 +102,14 @@ def write_folders(root: Path, counts: dict[str, dict[str, int]], size: int = 4) 
                 Image.new("RGB", (size, size), (i, number, 255)).save(root / part / name / f"{i:03}.png")
 
 
+def test_cifar_is_also_read_from_folders_of_images(tmp_path: Path) -> None:
+    write_folders(tmp_path / "cifar10", {"train": {"cat": 10, "dog": 10}, "test": {"cat": 1, "dog": 1}})
+    data = cifar10(tmp_path)
+    assert data.name == "cifar10" and len(data.train[0]) == 18
+    with pytest.raises(FileNotFoundError):
+        fashion_mnist(tmp_path)
+
+
 def test_folders_of_images_are_read_and_every_tenth_is_held_out(tmp_path: Path) -> None:
     write_folders(tmp_path, {"train": {"cat": 21, "dog": 10}, "test": {"cat": 2, "dog": 3}})
     data = image_folder(tmp_path, name="pets")

@@ -19,6 +19,8 @@ from learnedopt.rules import (
     LSTMRule,
     MetaLSTMConfig,
     MetaLSTMRule,
+    RNNpropConfig,
+    RNNpropRule,
     ScheduleFreeLSTMConfig,
     ScheduleFreeLSTMRule,
     UpdateRule,
@@ -52,6 +54,11 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     ),
     "schedule-free, no LSTM": lambda: trained(
         ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0, interpolation=0.5)), scale=0.2
+    ),
+    "rnnprop": lambda: trained(RNNpropRule(), scale=0.2),
+    "rnnprop, one layer": lambda: trained(
+        RNNpropRule(RNNpropConfig(hidden_size=4, num_layers=1, momentum_decay=0.5, eps=0.1, output_scale=0.01)),
+        scale=0.2,
     ),
 }
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
@@ -199,7 +206,9 @@ def test_a_bad_gradient_spoils_its_own_coordinate_alone(backend: BackendName, st
         assert torch.equal(spoiled, torch.arange(param.numel()).eq(3).expand_as(spoiled))
 
 
-@pytest.mark.parametrize("name", ["lstm", "meta-lstm", "adam-lstm", "schedule-free", "schedule-free, no LSTM"])
+@pytest.mark.parametrize(
+    "name", ["lstm", "meta-lstm", "adam-lstm", "schedule-free", "schedule-free, no LSTM", "rnnprop"]
+)
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_the_blocked_step_allocates_nothing_that_grows_with_the_model(
     name: str, state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from learnedopt.rules import (
     AdamLSTMRule,
     LSTMRule,
     MetaLSTMRule,
+    RNNpropRule,
     ScheduleFreeLSTMConfig,
     ScheduleFreeLSTMRule,
     UpdateRule,
@@ -43,8 +44,17 @@ def bytes_per_parameter(rule: UpdateRule, state_dtype: StateDtype) -> int:
         (MetaLSTMRule(), {"float32": 168, "bfloat16": 88, "int8": 57}),
         (ScheduleFreeLSTMRule(), {"float32": 144, "bfloat16": 80, "int8": 60}),
         (ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0)), {"float32": 16, "bfloat16": 16, "int8": 16}),
+        (RNNpropRule(), {"float32": 328, "bfloat16": 168, "int8": 106}),
     ],
-    ids=["lstm", "adam-lstm", "adam-lstm of the zoo", "meta-lstm", "schedule-free", "schedule-free, no LSTM"],
+    ids=[
+        "lstm",
+        "adam-lstm",
+        "adam-lstm of the zoo",
+        "meta-lstm",
+        "schedule-free",
+        "schedule-free, no LSTM",
+        "rnnprop",
+    ],
 )
 def test_bytes_per_parameter(rule: UpdateRule, expected: dict[StateDtype, int]) -> None:
     assert {state_dtype: bytes_per_parameter(rule, state_dtype) for state_dtype in expected} == expected
@@ -63,7 +73,7 @@ def test_only_vectors_of_coordinates_are_kept_in_fewer_bits() -> None:
 
 
 def test_what_an_lstm_makes_anew_has_eight_bits_and_what_it_adds_up_has_ten() -> None:
-    for rule in (LSTMRule(), AdamLSTMRule(), MetaLSTMRule(), ScheduleFreeLSTMRule()):
+    for rule in (LSTMRule(), AdamLSTMRule(), MetaLSTMRule(), ScheduleFreeLSTMRule(), RNNpropRule()):
         layout = state_layout(rule, torch.float32, "int8")
         assert "c_low" in layout and "h_low" not in layout
 

@@ -17,6 +17,8 @@ from learnedopt.rules import (
     LSTMRule,
     MetaLSTMConfig,
     MetaLSTMRule,
+    RNNpropConfig,
+    RNNpropRule,
     RuleConfig,
     ScheduleFreeLSTMConfig,
     ScheduleFreeLSTMRule,
@@ -101,6 +103,7 @@ CASES = {
     "schedule-free": Case(
         LearnedOptimizer, lambda: trained(ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(hidden_size=4)))
     ),
+    "rnnprop": Case(LearnedOptimizer, lambda: trained(RNNpropRule(RNNpropConfig(hidden_size=4)))),
     "trace": Case(LearnedOptimizer, TraceRule),
 }
 

@@ -222,9 +222,25 @@ class ScheduleFreeLSTMReference(AdamLSTMReference):
         return self.between(t, j) - before
 
 
+class RNNpropReference(AdamLSTMReference):
+    def tensor(self, t: int, param: list[float], grad: list[float]) -> list[float]:
+        return [self.update(t, j, value) for j, value in enumerate(grad)]
+
+    def update(self, t: int, j: int, value: float) -> float:
+        config = self.config
+        self.fast[t][j] = self.average(self.fast[t][j], value, config.momentum_decay)
+        self.square[t][j] = self.average(self.square[t][j], value**2, config.square_decay)
+        d = math.sqrt(self.unbias(self.square[t][j], config.square_decay)) + config.eps
+        directions = [self.unbias(self.fast[t][j], config.momentum_decay) / d, value / d]
+        seen = [self.readout("inputs", row, directions) for row in range(config.hidden_size)]
+        h = self.lstms[t][j]([x if x > 0.0 else math.expm1(x) for x in seen])
+        return float(-config.output_scale * math.tanh(self.readout("readout", 0, h)))
+
+
 REFERENCES: dict[str, type[Reference]] = {
     "lstm": LSTMReference,
     "meta_lstm": MetaLSTMReference,
     "adam_lstm": AdamLSTMReference,
     "schedule_free_lstm": ScheduleFreeLSTMReference,
+    "rnnprop": RNNpropReference,
 }

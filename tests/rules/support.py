@@ -50,6 +50,17 @@ VARIANTS = [
         },
         id="schedule_free_lstm-decays",
     ),
+    pytest.param(
+        {
+            "kind": "rnnprop",
+            "hidden_size": 3,
+            "num_layers": 1,
+            "momentum_decay": 0.0,
+            "square_decay": 0.98,
+            "eps": 1e-3,
+        },
+        id="rnnprop-decays",
+    ),
 ]
 
 # Derandomised, so that a run is the same wherever it happens.

@@ -233,6 +233,7 @@ def test_empty_tensors_are_served(kind: str) -> None:
         ("meta_lstm", 2 * 20 + 2),
         ("adam_lstm", 2 * 2 * 20 + 3),
         ("schedule_free_lstm", 2 * 2 * 8 + 4),
+        ("rnnprop", 2 * 2 * 20 + 2),
     ],
 )
 def test_state_bytes_per_parameter(kind: str, floats: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from learnedopt.data import ImageData
 from learnedopt.evaluation.tasks.base import RowsTask, classifier
 from learnedopt.evaluation.tasks.sources import by_split, grey_patches, letters, small_textures, waveforms
 from learnedopt.tasks.base import Batch, Params, Task
@@ -66,6 +68,31 @@ def denoising(copies: int) -> Task:
         return (x - noise).abs().mean()
 
     return RowsTask(copies, grey_patches(), 16, initial, objective, augment)
+
+
+def two_convolutions(copies: int, data: ImageData) -> Task:
+    """Convolutions of 16 filters of 3 x 3 and 32 of 5 x 5, each with ReLU and max pooling, and a dense layer."""
+    channels, *sides = data.train[0][0].shape
+    layers = ((16, channels, 3), (32, 16, 5))
+    pixels = 32 * math.prod(side // 4 for side in sides)
+
+    def initial(generator: Generator, copies: int) -> Params:
+        params: Params = {}
+        for i, (width, fan_in, kernel) in enumerate(layers):
+            shape = (width, fan_in, kernel, kernel)
+            params[f"{i}.weight"] = weight(generator, copies, *shape, fan_in=fan_in * kernel**2, gain=2**0.5)
+            params[f"{i}.bias"] = torch.zeros(copies, width)
+        params["output"] = weight(generator, copies, pixels, data.num_classes, fan_in=pixels)
+        params["output_bias"] = torch.zeros(copies, data.num_classes)
+        return params
+
+    def scores(params: Params, x: Tensor) -> Tensor:
+        for i, (_, _, kernel) in enumerate(layers):
+            x = F.conv2d(x, params[f"{i}.weight"], params[f"{i}.bias"], padding=kernel // 2)
+            x = F.max_pool2d(x.relu(), 2)
+        return x.flatten(1) @ params["output"] + params["output_bias"]
+
+    return classifier(copies, by_split(data.split), 128, initial, scores)
 
 
 def separable_conv(copies: int) -> Task:

@@ -1,4 +1,4 @@
-"""The three sets of tasks, frozen: a result of one version stays comparable with those of the next.
+"""The sets of tasks, frozen: a result of one version stays comparable with those of the next.
 
 A task is changed only by giving it another name.
 """
@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from learnedopt.data import cifar10, label_subset, mnist, textures
+from learnedopt.data import ImageData, cifar10, label_subset, mnist, textures
 from learnedopt.evaluation.tasks import convolutions, perceptrons, representations, sequences
 from learnedopt.evaluation.tasks.base import Always
 from learnedopt.tasks import ConvPool, MLPClassification, Quadratics, StyleTransfer, TaskFamily
 from learnedopt.tasks.base import Task
 
-SetName = Literal["paper", "selection", "heldout"]
+SetName = Literal["paper", "chen", "selection", "heldout"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def _mnist(root: Path | None, hidden: tuple[int, ...] = (20,), activation: str =
     return MLPClassification(mnist(root), (hidden,), (activation,), initial_std=None)
 
 
+def _two_convolutions(root: Path | None, load: Callable[[Path], ImageData]) -> TaskFamily:
+    assert root is not None
+    return Always(partial(convolutions.two_convolutions, data=load(root)))
+
+
 def _cifar(root: Path | None, labels: tuple[int, ...] | None = None) -> TaskFamily:
     assert root is not None
     data = cifar10(root)
@@ -62,6 +67,9 @@ def _cifar(root: Path | None, labels: tuple[int, ...] | None = None) -> TaskFami
 
 
 _needs = partial(BenchmarkTask, needs_root=True)
+_MNIST = _needs("mnist", "dense", "MNIST; otherwise within the training distribution", _mnist)
+_MNIST_TWO_LAYERS = _needs("mnist-two-layers", "dense", "MNIST; otherwise within", partial(_mnist, hidden=(20, 20)))
+_MNIST_RELU = _needs("mnist-relu", "dense", "MNIST; otherwise within", partial(_mnist, activation="relu"))
 
 TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
     "paper": (
@@ -73,10 +81,10 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
             lambda root: Quadratics(entries="uniform"),
             shared=False,
         ),
-        _needs("mnist", "dense", "MNIST; otherwise within the training distribution", _mnist),
+        _MNIST,
         _needs("mnist-40", "dense", "MNIST, 40 units", partial(_mnist, hidden=(40,))),
-        _needs("mnist-two-layers", "dense", "MNIST; otherwise within", partial(_mnist, hidden=(20, 20))),
-        _needs("mnist-relu", "dense", "MNIST; otherwise within", partial(_mnist, activation="relu")),
+        _MNIST_TWO_LAYERS,
+        _MNIST_RELU,
         _needs("cifar10", "convolutional", "colour images, pooling, hidden layer, size", _cifar),
         _needs("cifar5", "convolutional", "as cifar10, five classes", partial(_cifar, labels=(0, 1, 2, 3, 4))),
         _needs("cifar2", "convolutional", "as cifar10, two classes", partial(_cifar, labels=(0, 1))),
@@ -87,6 +95,14 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
             lambda root: StyleTransfer(textures()),
             shared=False,
         ),
+    ),
+    # The five problems of Chen et al. 2020 (arXiv:2010.09089), where runs are 10,000 steps long.
+    "chen": (
+        _MNIST,
+        _MNIST_RELU,
+        _MNIST_TWO_LAYERS,
+        _needs("mnist-conv", "convolutional", "MNIST, pooling", partial(_two_convolutions, load=mnist)),
+        _needs("cifar10-conv", "convolutional", "colour images, pooling", partial(_two_convolutions, load=cifar10)),
     ),
     "selection": (
         _fixed("tabular-gelu", "dense", perceptrons.tabular_gelu, "tabular data"),
@@ -129,7 +145,7 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
         _fixed("graph-wedges", "other", representations.graph_wedges, "graphs, Poisson regression"),
     ),
 }
-"""Every set by name. Names of tasks are unique over all sets."""
+"""Every set by name. Tasks of the same name are the same, also in different sets."""
 
 
 def find_tasks(names: Sequence[str]) -> list[BenchmarkTask]:
