@@ -28,7 +28,7 @@ class CoordinatewiseLSTM(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
         super().__init__()
-        for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+        for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers), ("input_size", input_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         self.hidden_size = hidden_size
