@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -25,12 +26,14 @@ from learnedopt.fewshot import demo as fewshot_demo
 from learnedopt.fewshot.demo import FewShotDemo
 from learnedopt.meta import MetaTrainingError, MetaTrainingRun, launched, load_recipe, overridden
 
+_BROKEN_PIPE = 128 + 13  # the number of SIGPIPE, which Windows does not know
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     0 if all went well, 1 if meta-training failed, 2 if something asked for does not exist or makes no sense, 128 plus
-    the signal's number if a signal stopped it.
+    the signal's number if a signal stopped it, 141 (that of a broken pipe) if nobody reads the output any more.
     """
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
@@ -39,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
-        return int(arguments.command(arguments))
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` has. Python writes the rest at exit: let it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except (MetaTrainingError, fewshot.TrainingError) as error:
         return _fail(error, 1)
     except (ValueError, OSError, ImportError) as error:

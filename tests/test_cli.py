@@ -119,6 +119,16 @@ def test_zoo_show_tells_what_is_known_of_a_shipped_entry(name: str, capsys: Capt
     assert all(f"{key}={value}" in output for key, value in entry.config.to_dict().items())
 
 
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "learnedopt", "zoo", "show", "default"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
 def test_zoo_show_verifies_the_weights(own_zoo: Path, capsys: Captured) -> None:
     assert main(["zoo", "list"]) == 0
     assert capsys.readouterr().out == "default    About default.\nmnist-mlp  About mnist-mlp.\n"
