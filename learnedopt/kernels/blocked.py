@@ -19,7 +19,12 @@ from torch import Tensor
 
 from learnedopt.kernels import blocks
 from learnedopt.kernels.base import Backend, Case, Tensors
-from learnedopt.kernels.means import ADAM_LSTM, SCHEDULE_FREE_LSTM, statistics_from_sums
+from learnedopt.kernels.means import (
+    ADAM_LSTM,
+    SCHEDULE_FREE_LSTM,
+    statistics_from_sums,
+    statistics_without_coordinates,
+)
 from learnedopt.kernels.state import CODES, FINE_CODES, LOW, PER_BYTE, SCALE, SMALLEST
 from learnedopt.kernels.workspace import WORKSPACE, Sizes, Views
 from learnedopt.rules import (
@@ -30,7 +35,6 @@ from learnedopt.rules import (
     RNNpropRule,
     ScheduleFreeLSTMConfig,
     ScheduleFreeLSTMRule,
-    Segments,
     State,
     UpdateRule,
 )
@@ -226,7 +230,7 @@ class Program(ABC):
 
     def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
         """As :meth:`Backend.statistics`."""
-        return torch.empty(0, len(tensors.params), dtype=tensors.dtype), {}
+        return statistics_without_coordinates(rule, tensors, loss)
 
     @abstractmethod
     def delta(self, block: Block, statistics: Tensor) -> Tensor:
@@ -304,10 +308,6 @@ class MetaLSTMProgram(Program):
                 torch.cat([input_.weight[:, :-1], none, input_.weight[:, -1:], input_.bias.unsqueeze(1)], dim=1),
             ]
         )
-
-    def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
-        none = torch.empty(0, dtype=tensors.dtype)
-        return rule.statistics(none, none, {}, Segments([0] * len(tensors.params)), loss)
 
     def delta(self, block: Block, statistics: Tensor) -> Tensor:
         v, config = block.views, self._config
@@ -470,11 +470,6 @@ class RNNpropProgram(Program):
         self._inputs, self._readout = (
             torch.cat([linear.weight, linear.bias.unsqueeze(1)], dim=1) for linear in (rule.inputs, rule.readout)
         )
-
-    def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
-        none = torch.empty(0, dtype=tensors.dtype)
-        steps = {"step": torch.stack([state["step"] for state in tensors.states])}
-        return rule.statistics(none, none, steps, Segments([0] * len(tensors.params)))
 
     def delta(self, block: Block, statistics: Tensor) -> Tensor:
         v, config = block.views, self._config

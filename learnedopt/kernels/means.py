@@ -1,4 +1,4 @@
-"""The statistics of rules that take means over tensors, from sums that a backend takes its own way."""
+"""The statistics of rules: where they take means over tensors, from sums that a backend takes its own way."""
 
 from __future__ import annotations
 
@@ -47,15 +47,24 @@ def statistics_from_sums(rule: TakesMeans, tensors: Tensors, sums: Callable[[Ten
     means = _KnownMeans(torch.zeros(form.sums, len(tensors.params), dtype=tensors.dtype, device=tensors.device))
     means.together = tensors.num_together
     none = means.values.new_empty(0)
-    state = dict.fromkeys(form.numbers, none)
-    for name, spec in rule.state_spec().items():
-        if spec.scope == "tensor":
-            state[name] = torch.stack([state[name] for state in tensors.states])
+    state = dict.fromkeys(form.numbers, none) | _tensor_state(rule, tensors)
     totals = sums(rule.corrections(state))
     if tensors.total is not None:
         totals = tensors.total(totals)
     means.values = totals / _counts(tuple(tensors.counts), tensors.dtype, tensors.device)
     return rule.statistics(none, none, state, means)
+
+
+def statistics_without_coordinates(rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
+    """What the ``statistics`` of a rule gives that looks at no coordinate there."""
+    none = torch.empty(0, dtype=tensors.dtype, device=tensors.device)
+    return rule.statistics(none, none, _tensor_state(rule, tensors), tensors.segments, loss)
+
+
+def _tensor_state(rule: UpdateRule, tensors: Tensors) -> State:
+    """What tensors have, ``(*shape, S)``."""
+    names = [name for name, spec in rule.state_spec().items() if spec.scope == "tensor"]
+    return {name: torch.stack([state[name] for state in tensors.states], dim=-1) for name in names}
 
 
 class _KnownMeans(Segments):

@@ -31,6 +31,9 @@ TORCH_LIBRARY(learnedopt, m) {
       "schedule_free_lstm_sums(Tensor[] params, Tensor[] grads, bool maximize, Tensor[] momentum, Tensor[] square, "
       "Tensor[] offset, Tensor[] origin, Tensor corrections, float momentum_decay, float square_decay, float eps, "
       "float largest) -> Tensor");
+  m.def("rnnprop_step(" STEP
+        "Tensor(f!)[] momentum, Tensor(g!)[] square, Tensor statistics, Tensor inputs, Tensor inputs_bias, "
+        "Tensor readout, Tensor bias, float momentum_decay, float square_decay, float eps, float output_scale) -> ()");
   m.def("meta_lstm_step(" STEP
         "Tensor(f!)[] forget_state, Tensor(g!)[] input_state, Tensor statistics, Tensor forget, Tensor forget_bias, "
         "Tensor input, Tensor input_bias, float p, float gradient_divisor, bool feed_back_gate) -> ()");
@@ -44,5 +47,6 @@ TORCH_LIBRARY_IMPL(learnedopt, CPU, m) {
   m.impl("adam_lstm_sums", learnedopt::adam_lstm_sums);
   m.impl("schedule_free_lstm_step", learnedopt::schedule_free_lstm_step);
   m.impl("schedule_free_lstm_sums", learnedopt::schedule_free_lstm_sums);
+  m.impl("rnnprop_step", learnedopt::rnnprop_step);
   m.impl("meta_lstm_step", learnedopt::meta_lstm_step);
 }

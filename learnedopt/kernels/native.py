@@ -12,9 +12,24 @@ from torch import Tensor
 
 from learnedopt.kernels import blocks, extension
 from learnedopt.kernels.base import Backend, Case, Tensors
-from learnedopt.kernels.means import ADAM_LSTM, FORMS, SCHEDULE_FREE_LSTM, TakesMeans, statistics_from_sums
+from learnedopt.kernels.means import (
+    ADAM_LSTM,
+    FORMS,
+    SCHEDULE_FREE_LSTM,
+    TakesMeans,
+    statistics_from_sums,
+    statistics_without_coordinates,
+)
 from learnedopt.kernels.state import LOW, SCALE, state_layout
-from learnedopt.rules import AdamLSTMRule, LSTMRule, MetaLSTMRule, ScheduleFreeLSTMRule, State, UpdateRule
+from learnedopt.rules import (
+    AdamLSTMRule,
+    LSTMRule,
+    MetaLSTMRule,
+    RNNpropRule,
+    ScheduleFreeLSTMRule,
+    State,
+    UpdateRule,
+)
 
 _READABLE = (torch.float32, torch.bfloat16, torch.float16)
 # Beyond it, what preprocessing takes for the least magnitude is no longer a normal float32.
@@ -32,7 +47,7 @@ class NativeBackend(Backend):
         if case.dtype != torch.float32:
             return f"it computes in float32, and this takes {case.dtype}"
         # By exact type: a subclass may compute something else.
-        if type(case.rule) not in (LSTMRule, MetaLSTMRule, AdamLSTMRule, ScheduleFreeLSTMRule):
+        if type(case.rule) not in (LSTMRule, MetaLSTMRule, AdamLSTMRule, ScheduleFreeLSTMRule, RNNpropRule):
             return f"it knows the rules of this package, and this is {type(case.rule).__name__}"
         if getattr(case.rule.config, "preprocessing_p", 0.0) > _MOST_P:
             return f"it needs preprocessing_p to be at most {_MOST_P}"
@@ -49,9 +64,7 @@ class NativeBackend(Backend):
     def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
         if isinstance(rule, TakesMeans):
             return _statistics_from_means(rule, tensors)
-        # The others look at no coordinate.
-        none = torch.empty(0, dtype=tensors.dtype)
-        return rule.statistics(none, none, {}, tensors.segments, loss)
+        return statistics_without_coordinates(rule, tensors, loss)
 
     def update(
         self,
@@ -104,7 +117,7 @@ def _program(rule: UpdateRule) -> _Program:
 
 
 def _make_program(rule: UpdateRule) -> _Program:
-    assert isinstance(rule, LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule)
+    assert isinstance(rule, LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule | RNNpropRule)
     weights = []
     if rule.lstm is not None:
         layers = zip(rule.lstm.input_weights, rule.lstm.recurrent_weights, rule.lstm.biases)
@@ -130,6 +143,9 @@ def _make_program(rule: UpdateRule) -> _Program:
             bounds = (rule.config.log_step_gain, rule.config.log_step_bound, rule.config.mix_bound)
             settings = (readout, *_averaging(rule), *steps, *bounds, rule.config.log_averaging_bound)
             return _Program("schedule_free_lstm_step", weights, SCHEDULE_FREE_LSTM.numbers, settings)
+        case RNNpropRule():
+            settings = (*linear(rule.inputs), *linear(rule.readout), *_averaging(rule), rule.config.output_scale)
+            return _Program("rnnprop_step", weights, ("momentum", "square"), settings)
         case MetaLSTMRule():
             config = rule.config
             gates = (*linear(rule.forget_gate), *linear(rule.input_gate))
@@ -137,12 +153,12 @@ def _make_program(rule: UpdateRule) -> _Program:
             return _Program("meta_lstm_step", weights, ("forget", "input"), settings)
 
 
-def _averaging(rule: TakesMeans) -> tuple[float, ...]:
+def _averaging(rule: TakesMeans | RNNpropRule) -> tuple[float, ...]:
     """What a rule's moving averages are made with."""
     match rule:
         case AdamLSTMRule():
             return rule.config.fast_decay, rule.config.slow_decay, rule.config.square_decay, rule.config.eps
-        case ScheduleFreeLSTMRule():
+        case ScheduleFreeLSTMRule() | RNNpropRule():
             return rule.config.momentum_decay, rule.config.square_decay, rule.config.eps
 
 

@@ -186,7 +186,7 @@ struct Step {
   }
 };
 
-// A linear layer that ends a rule: weight (outputs, inputs) and bias.
+// A linear layer before or after the LSTM: weight (outputs, inputs) and bias.
 class Readout {
  public:
   Readout(const Tensor& weight, const Tensor& bias) : outputs_(weight.size(0)), inputs_(weight.size(1)) {
@@ -343,11 +343,9 @@ struct AdamLSTM {
   }
 };
 
-// What ScheduleFreeLSTMRule keeps beside its LSTM, and what it makes of it and a gradient.
-struct Averages {
-  static constexpr int ROWS = 4;
-
-  std::vector<float*> momentum, square, offset, origin;
+// Adam's moments, and what two rules make of them and a gradient.
+struct AdamMoments {
+  std::vector<float*> momentum, square;
   double momentum_decay, square_decay;
   float eps;
 
@@ -369,6 +367,21 @@ struct Averages {
     now.g = grad / rms;
     return now;
   }
+
+  // Writes the new moments, by way of two rows.
+  void write(const Directions& now, const Pieces& pieces, float* rows) const {
+    store_row(rows, now.momentum);
+    store_row(rows + LANES, now.square);
+    write_row(rows, pieces, momentum);
+    write_row(rows + LANES, pieces, square);
+  }
+};
+
+// What ScheduleFreeLSTMRule keeps beside its LSTM.
+struct Averages : AdamMoments {
+  static constexpr int ROWS = 4;
+
+  std::vector<float*> offset, origin;
 
   // The old moments, the offset and the origin.
   void read(const Pieces& pieces, float* old) const {
@@ -411,10 +424,7 @@ struct ScheduleFreeLSTM {
     const Row<float> own[OWN] = {now.a, now.g, absolute(now.a), offset * per_offset};
     for (int k = 0; k < OWN; ++k) store_row(seen + k * LANES, own[k]);
     store_row(state + 3 * LANES, s.averages.origins(load_row(tile.param.get()), state, factors));
-    store_row(state, now.momentum);
-    store_row(state + LANES, now.square);
-    write_row(state, tile.pieces, s.averages.momentum);
-    write_row(state + LANES, tile.pieces, s.averages.square);
+    s.averages.write(now, tile.pieces, state);
     write_row(state + 3 * LANES, tile.pieces, s.averages.origin);
     if (s.units) std::copy_n(seen, FEATURES * LANES, in);
   }
@@ -446,6 +456,46 @@ struct ScheduleFreeLSTM {
 
   Settings s;
   Buffer<float> rows{(FACTORS + Averages::ROWS + FEATURES) * LANES};
+};
+
+// RNNpropRule
+struct RNNprop {
+  static constexpr int CORRECTIONS = 2;
+
+  struct Settings {
+    Readout inputs, readout;
+    AdamMoments moments;
+    const float* statistics;
+    int64_t tensors;
+    int units;
+    float output_scale;
+  };
+
+  explicit RNNprop(const Settings& settings) : s(settings) {}
+  RNNprop(const RNNprop& other) : s(other.s) {}
+
+  void features(const Tile& tile, float* in) const {
+    float *factors = rows.get(), *state = factors + CORRECTIONS * LANES, *directions = state + 2 * LANES;
+    expand(s.statistics, s.tensors, CORRECTIONS, tile.pieces, factors);
+    read_row(s.moments.momentum, tile.pieces, state);
+    read_row(s.moments.square, tile.pieces, state + LANES);
+    const AdamMoments::Directions now = s.moments(load_row(tile.grad.get()), state, factors);
+    s.moments.write(now, tile.pieces, state);
+    store_row(directions, now.a);
+    store_row(directions + LANES, now.g);
+    for (int unit = 0; unit < s.units; ++unit) {
+      const Row<float> x = s.inputs(unit, directions, 2);
+      // An exponential linear unit.
+      store_row(in + unit * LANES, clamp(x, 0.0f, HUGE_VALF) + (exponential(clamp(x, -HUGE_VALF, 0.0f)) - 1.0f));
+    }
+  }
+  void update(const Tile& tile, const float* top) const {
+    store_row(tile.delta.get(), -s.output_scale * bounded(s.readout(0, top, s.readout.inputs()), 1.0f));
+  }
+
+ private:
+  Settings s;
+  Buffer<float> rows{(CORRECTIONS + 4) * LANES};
 };
 
 // MetaLSTMRule
@@ -576,9 +626,9 @@ inline void schedule_free_lstm_step(TensorList params, TensorList grads, bool ma
                                     double square_decay, double eps, double nominal_step, double interpolation,
                                     double log_step_gain, double log_step_bound, double mix_bound,
                                     double log_averaging_bound) {
-  const Averages averages{pointers<float>(momentum), pointers<float>(square), pointers<float>(offset),
-                          pointers<float>(origin),   momentum_decay,          square_decay,
-                          float(eps)};
+  const Averages averages{{pointers<float>(momentum), pointers<float>(square), momentum_decay, square_decay, float(eps)},
+                          pointers<float>(offset),
+                          pointers<float>(origin)};
   Step(params, grads, h, h_scale, c, c_low, c_scale, weights, maximize, lr, weight_decay)
       .run(ScheduleFreeLSTM({readout.const_data_ptr<float>(), int(readout.size(0)) - ScheduleFreeLSTM::FEATURES - 1,
                              averages, statistics.const_data_ptr<float>(), statistics.size(1), interpolation,
@@ -590,9 +640,9 @@ inline Tensor schedule_free_lstm_sums(TensorList params, TensorList grads, bool 
                                       TensorList square, TensorList offset, TensorList origin,
                                       const Tensor& corrections, double momentum_decay, double square_decay,
                                       double eps, double largest) {
-  const Averages averages{pointers<float>(momentum), pointers<float>(square), pointers<float>(offset),
-                          pointers<float>(origin),   momentum_decay,          square_decay,
-                          float(eps)};
+  const Averages averages{{pointers<float>(momentum), pointers<float>(square), momentum_decay, square_decay, float(eps)},
+                          pointers<float>(offset),
+                          pointers<float>(origin)};
   const float most = float(largest);
   auto products = [&](const Row<float>& param, const Row<float>& grad, const float* old, const float* factors) {
     const Averages::Directions now = averages(grad, old, factors);
@@ -602,6 +652,18 @@ inline Tensor schedule_free_lstm_sums(TensorList params, TensorList grads, bool 
                                      offset * now.a, slope * way,   slope * slope, way * way};
   };
   return sums_of<8>(params, grads, maximize, averages, corrections, products);
+}
+
+inline void rnnprop_step(TensorList params, TensorList grads, bool maximize, TensorList h, TensorList h_scale,
+                         TensorList c, TensorList c_low, TensorList c_scale, TensorList weights, double lr,
+                         double weight_decay, TensorList momentum, TensorList square, const Tensor& statistics,
+                         const Tensor& inputs, const Tensor& inputs_bias, const Tensor& readout, const Tensor& bias,
+                         double momentum_decay, double square_decay, double eps, double output_scale) {
+  const AdamMoments moments{pointers<float>(momentum), pointers<float>(square), momentum_decay, square_decay,
+                            float(eps)};
+  Step(params, grads, h, h_scale, c, c_low, c_scale, weights, maximize, lr, weight_decay)
+      .run(RNNprop({Readout(inputs, inputs_bias), Readout(readout, bias), moments, statistics.const_data_ptr<float>(),
+                    statistics.size(1), int(inputs.size(0)), float(output_scale)}));
 }
 
 inline void meta_lstm_step(TensorList params, TensorList grads, bool maximize, TensorList h, TensorList h_scale,

@@ -22,14 +22,21 @@ import torch
 from torch import Tensor
 
 from learnedopt.kernels.base import Backend, Case, Tensors
-from learnedopt.kernels.means import ADAM_LSTM, FORMS, SCHEDULE_FREE_LSTM, TakesMeans, statistics_from_sums
+from learnedopt.kernels.means import (
+    ADAM_LSTM,
+    FORMS,
+    SCHEDULE_FREE_LSTM,
+    TakesMeans,
+    statistics_from_sums,
+    statistics_without_coordinates,
+)
 from learnedopt.kernels.state import LOW, SCALE
 from learnedopt.rules import (
     AdamLSTMRule,
     LSTMRule,
     MetaLSTMRule,
+    RNNpropRule,
     ScheduleFreeLSTMRule,
-    Segments,
     State,
     UpdateRule,
 )
@@ -66,9 +73,8 @@ class TritonBackend(Backend):
         return "Triton's interpreter is for tests" if _interpreted() else None
 
     def statistics(self, rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
-        if not isinstance(rule, TakesMeans):  # the others look at no coordinate
-            none = torch.empty(0, dtype=tensors.dtype, device=tensors.device)
-            return rule.statistics(none, none, {}, Segments([0] * len(tensors.params)), loss)
+        if not isinstance(rule, TakesMeans):
+            return statistics_without_coordinates(rule, tensors, loss)
         form, settings = FORMS[type(rule)], _weights(rule).settings
 
         def sums(corrections: Tensor) -> Tensor:
@@ -173,12 +179,12 @@ _READY: WeakKeyDictionary[UpdateRule, _Weights] = WeakKeyDictionary()
 
 def _weights(rule: UpdateRule) -> _Weights:
     if rule not in _READY:
-        assert isinstance(rule, LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule)
+        assert isinstance(rule, LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule | RNNpropRule)
         _READY[rule] = _make_weights(rule)
     return _READY[rule]
 
 
-def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule) -> _Weights:
+def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule | RNNpropRule) -> _Weights:
     lstm = rule.lstm
     assert lstm is not None
     units = lstm.hidden_size
@@ -206,8 +212,12 @@ def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLST
     first = lstm.input_weights[0]
     recurrent = split(list(lstm.recurrent_weights))
     above = list(lstm.input_weights)[1:]
+    features = gates(first).transpose(1, 2)
+    if isinstance(rule, RNNpropRule):
+        above = list(lstm.input_weights)
+        features = torch.cat([rule.inputs.weight.T, rule.inputs.bias.unsqueeze(0)])
     tensors = (
-        pad(gates(first).transpose(1, 2), padded),
+        pad(features, padded),
         recurrent,
         split(above) if above else recurrent,  # any address: it is not read
         torch.stack([pad(gates(bias), padded) for bias in lstm.biases]),
@@ -264,6 +274,17 @@ def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLST
                 step_bound=config.log_step_bound,
                 mix_bound=config.mix_bound,
             )
+        case RNNpropRule():
+            rows = readout(rule.readout.weight, first.new_zeros(1, 3), rule.readout.bias)
+            settings["LOG_SIGN"] = False
+            settings.update(
+                scale=rule.config.output_scale,
+                decay0=rule.config.momentum_decay,
+                decay1=rule.config.square_decay,
+                rest0=1.0 - rule.config.momentum_decay,
+                rest1=1.0 - rule.config.square_decay,
+                eps=rule.config.eps,
+            )
         case ScheduleFreeLSTMRule():
             of_features, of_units = rule.readout.weight.split([first.shape[1], units], dim=1)
             rows = readout(of_units, first.new_zeros(4, 3), rule.readout.bias)
@@ -285,12 +306,19 @@ def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLST
     return _Weights((*tensors, rows.contiguous()), settings)
 
 
-_CODES: dict[type[UpdateRule], int] = {LSTMRule: 0, MetaLSTMRule: 1, AdamLSTMRule: 2, ScheduleFreeLSTMRule: 3}
+_CODES: dict[type[UpdateRule], int] = {
+    LSTMRule: 0,
+    MetaLSTMRule: 1,
+    AdamLSTMRule: 2,
+    ScheduleFreeLSTMRule: 3,
+    RNNpropRule: 4,
+}
 _NUMBERS: dict[type[UpdateRule], tuple[str, ...]] = {
     LSTMRule: (),
     MetaLSTMRule: ("forget", "input"),
     AdamLSTMRule: ADAM_LSTM.numbers,
     ScheduleFreeLSTMRule: SCHEDULE_FREE_LSTM.numbers,
+    RNNpropRule: ("momentum", "square"),
 }
 """The entries of the state that are one number per coordinate, in the order in which the kernels know them."""
 

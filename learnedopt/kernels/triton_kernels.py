@@ -20,6 +20,7 @@ FIELDS = ("param", "grad", "size", "h", "h_scale", "c", "c_low", "c_scale", "sca
 _FIELDS = tl.constexpr(len(FIELDS))
 
 LSTM, META_LSTM, ADAM_LSTM, SCHEDULE_FREE_LSTM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+RNNPROP = tl.constexpr(4)
 
 _ROUND = tl.constexpr(12582912.0)
 """Added to a float32 of less than 2**22 and subtracted again, it leaves the nearest whole number, half to even."""
@@ -139,7 +140,7 @@ def _averages(grad, momentum, square, corrections, column, num_tensors, decay0, 
 
 @triton.jit
 def _split(x):
-    """What float16 holds of numbers of at most one, and what it leaves over: together 22 bits."""
+    """What float16 holds of numbers, and what it leaves over: together 22 bits."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
@@ -218,7 +219,8 @@ def step_kernel(
     Weights are ``features (4, FEATURES, PADDED)``, ``recurrent (2, LAYERS, 4, PADDED, PADDED)`` in two float16 each,
     ``below`` the same for the layers above the first, ``biases (LAYERS, 4, PADDED)`` and
     ``readout (outputs, PADDED + 4)``, followed by ``(outputs, FEATURES)`` where the read-out has the features too.
-    Gates are in the order of the rule: input, forget, cell, output.
+    Gates are in the order of the rule: input, forget, cell, output. RNNprop has a layer before them, ``features
+    (3, PADDED)`` with its biases last, so that for it ``below`` has the first layer too.
     """
     if SKIP:  # noqa: SIM102, the one is known when this is compiled, the other is not
         if tl.load(skip_at) != 0:
@@ -235,6 +237,7 @@ def step_kernel(
     h_scales, c_scales = _row(tensors, tensor, 4, tl.bfloat16), _row(tensors, tensor, 7, tl.bfloat16)
     units = tl.arange(0, PADDED)
     square_at = units[:, None] * PADDED + units[None, :]
+    first_below: tl.constexpr = 0 if RULE == RNNPROP else 1
 
     for start in range(0, tl.minimum(size - first, CHUNK), BLOCK):
         at = first + start + tl.arange(0, BLOCK)
@@ -276,12 +279,26 @@ def step_kernel(
             origins = _row(tensors, tensor, 11, tl.float32)
             origin = _origin(origins, at, here, statistics, tensor, num_tensors, param)
             tl.store(origins + at, origin, mask=here)
+        if RULE == RNNPROP:
+            momenta, squares = _row(tensors, tensor, 8, tl.float32), _row(tensors, tensor, 9, tl.float32)
+            momentum = tl.load(momenta + at, mask=here, other=0.0)
+            square = tl.load(squares + at, mask=here, other=0.0)
+            momentum, square, x0, x1 = _averages(
+                grad, momentum, square, statistics, tensor, num_tensors, decay0, decay1, rest0, rest1, eps
+            )
+            tl.store(momenta + at, momentum, mask=here)
+            tl.store(squares + at, square, mask=here)
         if RULE == META_LSTM:
             grad = grad / scale
         if LOG_SIGN:
             x0, x1 = _log_sign(grad, p)
 
         top = tl.zeros((PADDED, BLOCK), dtype=tl.float32)
+        if RULE == RNNPROP:
+            top += tl.load(features + units)[:, None] * x0[None, :]
+            top += tl.load(features + PADDED + units)[:, None] * x1[None, :]
+            top += tl.load(features + 2 * PADDED + units)[:, None]
+            top = tl.where(top > 0.0, top, tl.exp(tl.minimum(top, 0.0, tl.PropagateNan.ALL)) - 1.0)
         for layer in tl.static_range(LAYERS):
             h = _load_units(hs, None, h_scales, at, size, layer, UNITS, PADDED, STATE)
             high, low = _split(h)
@@ -304,7 +321,7 @@ def step_kernel(
                         shared = tl.load(statistics + (5 + k) * num_tensors + tensor)
                         bias += tl.load(weights + (4 + k) * PADDED) * shared
                 z = tl.broadcast_to(bias[:, None], (PADDED, BLOCK))
-                if layer == 0:
+                if layer == 0 and RULE != RNNPROP:
                     z += tl.load(weights)[:, None] * x0[None, :]
                     if LOG_SIGN or RULE >= ADAM_LSTM:
                         z += tl.load(weights + PADDED)[:, None] * x1[None, :]
@@ -314,8 +331,8 @@ def step_kernel(
                     if RULE == ADAM_LSTM:
                         z += tl.load(weights + 4 * PADDED)[:, None] * x4[None, :]
                 else:
-                    weights_below = below + ((layer - 1) * 4 + gate) * PADDED * PADDED + square_at
-                    z = _product(weights_below, (LAYERS - 1) * 4 * PADDED * PADDED, below_high, below_low, z)
+                    weights_below = below + ((layer - first_below) * 4 + gate) * PADDED * PADDED + square_at
+                    z = _product(weights_below, (LAYERS - first_below) * 4 * PADDED * PADDED, below_high, below_low, z)
                 weights_own = recurrent + (layer * 4 + gate) * PADDED * PADDED + square_at
                 z = _product(weights_own, LAYERS * 4 * PADDED * PADDED, high, low, z)
                 if gate == 0:
@@ -335,6 +352,8 @@ def step_kernel(
         out = tl.sum(tl.load(readout + units)[:, None] * top, axis=0) + tl.load(readout + PADDED + 3)
         if RULE == LSTM:
             delta = scale * out
+        elif RULE == RNNPROP:
+            delta = -scale * _tanh(out)
         else:
             second = tl.sum(tl.load(readout + row + units)[:, None] * top, axis=0) + tl.load(readout + row + PADDED + 3)
             if RULE == META_LSTM:

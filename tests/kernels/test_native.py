@@ -20,7 +20,7 @@ from tests.kernels.support import whole_codes
 
 # Below, of, and above a tile of 48, and none, also at the beginning; neighbours share tiles.
 SHAPES = [(0, 2), (7, 13), (), (3,), (100,), (0,), (5, 20), (49,), (1,), (48,), (300, 4)]
-each_kind = pytest.mark.parametrize("kind", ["lstm", "adam_lstm", "meta_lstm", "schedule_free_lstm"])
+each_kind = pytest.mark.parametrize("kind", ["lstm", "adam_lstm", "meta_lstm", "schedule_free_lstm", "rnnprop"])
 takes_means = pytest.mark.parametrize("kind", ["adam_lstm", "schedule_free_lstm"])
 each_state_dtype = pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 
@@ -155,6 +155,8 @@ def test_a_step_from_any_state_is_the_references(
         {"kind": "schedule_free_lstm", "nominal_step": 0.1, "mix_bound": 0.5, "log_step_bound": 2.0, "num_layers": 1},
         {"kind": "schedule_free_lstm", "interpolation": 0.2, "averaging_power": 0.5, "log_averaging_bound": 0.3},
         {"kind": "schedule_free_lstm", "max_time": 2.0, "log_step_gain": 0.5, "num_layers": 0},
+        {"kind": "rnnprop", "hidden_size": 5, "momentum_decay": 0.3, "square_decay": 0.9, "eps": 1e-3},
+        {"kind": "rnnprop", "num_layers": 1, "output_scale": 0.01},
         {"kind": "meta_lstm", "gate_feedback": "preactivation", "gradient_divisor": 25.0, "preprocessing_p": 7.0},
     ],
     ids=str,
@@ -318,4 +320,4 @@ def test_rules_of_the_package_are_served() -> None:
         for kind in RULES
         if NativeBackend().refusal(Case(build_rule({"kind": kind}), torch.device("cpu"), torch.float32, "int8")) is None
     ]
-    assert {"lstm", "adam_lstm", "meta_lstm", "schedule_free_lstm"} <= set(served)
+    assert {"lstm", "adam_lstm", "meta_lstm", "schedule_free_lstm", "rnnprop"} <= set(served)

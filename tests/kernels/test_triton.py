@@ -5,6 +5,7 @@ Whether triton interprets is decided when it is imported, so the tests of the in
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from learnedopt.rules import (
     LSTMRule,
     MetaLSTMConfig,
     MetaLSTMRule,
+    RNNpropConfig,
+    RNNpropRule,
     ScheduleFreeLSTMConfig,
     ScheduleFreeLSTMRule,
     UpdateRule,
@@ -41,6 +44,8 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     ),
     "adam-lstm": lambda: AdamLSTMRule(AdamLSTMConfig(hidden_size=8, eps=0.1)),
     "schedule-free": lambda: ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(interpolation=0.7, eps=0.1)),
+    "rnnprop": lambda: RNNpropRule(RNNpropConfig(hidden_size=5, eps=0.1)),
+    "rnnprop, one layer": lambda: RNNpropRule(RNNpropConfig(num_layers=1, momentum_decay=0.5, eps=0.1)),
 }
 SHAPES: tuple[tuple[int, ...], ...] = ((5, 3), (), (0, 2), (7,), (150,))
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-5}
@@ -158,6 +163,7 @@ def main() -> None:
         ("meta-lstm", torch.float16, torch.int8),
         ("adam-lstm", torch.bfloat16, torch.int8),
         ("schedule-free", torch.float16, torch.int8),
+        ("rnnprop", torch.bfloat16, torch.int8),
     ):
         compare(name, cpu, dtype, state_dtype, steps=2)
     for name in ("lstm", "lstm, identity", "adam-lstm"):
@@ -174,6 +180,32 @@ def test_under_the_interpreter_it_is_the_reference() -> None:
         [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_it_compiles_for_a_gpu_that_is_not_there(name: str) -> None:
+    """The interpreter takes much that the compiler does not."""
+    triton = pytest.importorskip("triton")
+    compiler, backends = map(importlib.import_module, ("triton.compiler", "triton.backends.compiler"))
+    kernel, float32 = triton_backend._kernels().step_kernel, triton_backend._triton_dtype(torch.float32)
+    constants = {
+        **{key: value for key, value in triton_backend._weights(RULES[name]()).settings.items() if key.isupper()},
+        **dict.fromkeys(("MAXIMIZE", "LR_IN_MEMORY", "SKIP"), True),
+        **dict.fromkeys(("PARAM", "GRAD"), float32),
+        "STATE": triton_backend._triton_dtype(torch.int8),
+        "CHUNK": triton_backend.CHUNK,
+        "BLOCK": triton_backend.BLOCK,
+    }
+    types = {
+        **dict.fromkeys(kernel.arg_names, "fp32"),
+        **dict.fromkeys(("statistics", "features", "biases", "readout", "lr_at"), "*fp32"),
+        **{"tensors": "*i64", "chunks": "*i64", "recurrent": "*fp16", "below": "*fp16", "skip_at": "*u8"},
+        "num_tensors": "i32",
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    source = compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
+    options = {"num_warps": triton_backend.WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    assert "ptx" in triton.compile(source, target=backends.GPUTarget("cuda", 90, 32), options=options).asm
 
 
 def test_it_says_what_it_cannot_serve() -> None:
@@ -209,7 +241,7 @@ def test_on_cuda_every_bit_of_the_state_is_the_references(name: str) -> None:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free"])
+@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free", "rnnprop"])
 def test_a_step_is_one_launch_and_waits_for_nothing(name: str) -> None:
     cuda = torch.device("cuda")
     optimizer = run(name, "triton", cuda, torch.float32, torch.float32, 2)
@@ -223,7 +255,7 @@ def test_a_step_is_one_launch_and_waits_for_nothing(name: str) -> None:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free"])
+@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free", "rnnprop"])
 def test_a_captured_step_replays(name: str) -> None:
     cuda = torch.device("cuda")
     expected, captured = (
