@@ -23,6 +23,7 @@ from learnedopt.fewshot import (
     EpisodeShape,
     FewShotRecipe,
     FewShotRun,
+    FewShotTask,
     FewShotTrainConfig,
     LearnerShape,
     TrainingError,
@@ -294,6 +295,22 @@ def test_every_shipped_learner_loads() -> None:
         example = torch.zeros(entry.shape.ways or 3, *entry.shape.example_shape)
         labels = torch.arange(len(example)) if entry.shape.ways else torch.zeros(len(example), 1)
         assert learner.fit(example, labels).predict(example).isfinite().all()
+
+
+# Accuracy on letters of fonts, which none has seen: 20 episodes of 5 ways, 1 shot. Chance is 0.2.
+ON_LETTERS = {
+    "omniglot-maml-5way-1shot": 0.61,
+    "omniglot-meta-lstm-5way-1shot": 0.67,
+    "omniglot-protonet-1shot": 0.81,
+}
+
+
+def test_shipped_learners_learn_letters_as_well_as_they_did() -> None:
+    assert sorted(ON_LETTERS) == list_learners()
+    classes = datasets.glyphs("test", letters=20, examples=6, size=28)
+    episodes = FewShotTask(classes, ways=5, shots=1, queries=5).frozen(20)
+    for name, recorded in ON_LETTERS.items():
+        assert evaluate(load_learner(name), episodes).mean > recorded - 0.02, name
 
 
 def test_the_recipes_have_names_of_their_own_and_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
