@@ -43,6 +43,7 @@ SCORES: dict[str, tuple[TaskFamily, float]] = {
     "mnist-mlp": (SIGMOID, 0.107),
     "quadratic": (Quadratics(entries="gaussian"), 0.00143),
     "quadratic-uniform": (Quadratics(entries="uniform"), 0.00953),
+    "rnnprop": (SIGMOID, 0.160),
 }
 """For each entry of the zoo a task and the loss it led to when it was made: the geometric mean over 20 copies of the
 mean of the last ten of 100 steps."""
