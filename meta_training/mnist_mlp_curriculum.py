@@ -8,8 +8,8 @@ theirs rests, has these in place of the paper's 10 and 0.1); gradients as consta
 grow longer once the rule no longer gains on the next length; some episodes imitate Adam with a learning rate of 0.01.
 Unlike there:
 
-* Lengths end at 1,500 steps instead of 3,000; validation is every 250 updates, not every 100 episodes; and the first one
-  without a gain ends a stage, where there it takes three. An hour of one CPU thread does not reach further.
+* Lengths end at 1,500 steps instead of 3,000; validation is every 250 updates, not every 100 episodes; and the first
+  one without a gain ends a stage, where there it takes three. An hour of one CPU thread does not reach further.
 * The meta-loss is the mean of the losses' logarithms. Over a thousand steps the sum is the first hundred's.
 * Three of ten episodes imitate throughout. There the share grows from stage to stage, from 0 to 0.3.
 

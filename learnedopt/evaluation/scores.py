@@ -59,8 +59,7 @@ class Results:
     """
 
     def __init__(self, records: Sequence[Record], tasks: Sequence[str] | None = None) -> None:
-        order = [task.name for some in TASK_SETS.values() for task in some]
-        wanted = order if tasks is None else [task.name for task in find_tasks(tasks)]
+        wanted = [task.name for task in find_tasks(list(TASK_SETS) if tasks is None else tasks)]
         self.records = [record for record in records if record.get("task") in (None, *wanted)]
         runs = of_kind(self.records, "run")
         if not runs:
