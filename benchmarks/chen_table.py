@@ -4,8 +4,8 @@
         --reporting-seeds 3 --root DIR --out benchmarks/results/chen.jsonl
     python benchmarks/chen_table.py benchmarks/results/chen*.jsonl
 
-writes ``benchmarks/results/chen.md``. Their figures are read off the curves in *Training Stronger Baselines for Learning
-to Optimize* (arXiv:2010.09089), as natural logarithms; ours are those of the training loss at the last step, on fixed
+writes ``benchmarks/results/chen.md``. Their figures are read off the curves of *Training Stronger Baselines for
+Learning to Optimize* (arXiv:2010.09089), as natural logarithms; ours are those of the training loss at the last step, on fixed
 training batches, averaged over the last steps as everywhere in the benchmark, then over seeds.
 """
 
