@@ -5,7 +5,7 @@
     python benchmarks/chen_table.py benchmarks/results/chen*.jsonl
 
 writes ``benchmarks/results/chen.md``. Their figures are read off the curves of *Training Stronger Baselines for
-Learning to Optimize* (arXiv:2010.09089), as natural logarithms. Ours are the logarithms of the training loss at the last
+Learning to Optimize* (arXiv:2010.09089), as natural logarithms. Ours are those of the training loss at the last
 step, on fixed training batches and averaged over the last steps as everywhere in the benchmark; of these, the mean over
 seeds.
 """
