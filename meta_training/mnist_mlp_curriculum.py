@@ -38,7 +38,7 @@ RECIPE = Recipe(
     tasks="cross entropy of a 784-20-10 sigmoid MLP on MNIST training images, batches of 128",
     rule=LSTMConfig(preprocessing="log_sign", preprocessing_p=5.0, output_scale=0.01),
     training=MetaTrainConfig(
-        updates=10_000,
+        updates=4_000,
         unroll_length=20,
         stages=(100, 200, 500, 1000, 1500),
         patience=1,
@@ -51,7 +51,7 @@ RECIPE = Recipe(
         final_learning_rate=1e-4,
         clip_norm=1.0,
         validate_every=250,
-        validation_copies=4,
+        validation_copies=6,
         backend="auto",
     ),
     family=family,

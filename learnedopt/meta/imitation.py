@@ -21,11 +21,11 @@ class Teacher(ABC):
     """Settings of a coordinate-wise optimizer of ``torch.optim``."""
 
     lr: float = 0.01
-    decay_steps: float = math.inf
-    """The learning rate at step t is ``lr / (1 + t / decay_steps)``."""
+    decay_steps: float | None = None
+    """The learning rate at step t is ``lr / (1 + t / decay_steps)``; ``None`` for a constant one."""
 
     def __post_init__(self) -> None:
-        if not (0.0 < self.lr < math.inf and self.decay_steps > 0.0):
+        if not (0.0 < self.lr < math.inf and (self.decay_steps is None or 0.0 < self.decay_steps < math.inf)):
             raise ValueError(f"a teacher needs a positive lr and decay_steps, got {self.lr} and {self.decay_steps}")
 
     @abstractmethod
@@ -34,7 +34,7 @@ class Teacher(ABC):
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step; the first is 0."""
-        return self.lr / (1.0 + step / self.decay_steps)
+        return self.lr if self.decay_steps is None else self.lr / (1.0 + step / self.decay_steps)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class MetaTrainingRun:
             "processes": self.trainer.ranks.size,
         }
         if self._writes:
-            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (self.folder / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
 
     @property
     def _writes(self) -> bool:

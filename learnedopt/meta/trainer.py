@@ -306,12 +306,15 @@ class MetaTrainer:
             self._last_better = self.update
         record = {"validation": score, "best": self.best_score}
         if self._out_of_patience() and not (self._last_stage() or self.update == self.config.updates):
+            judged = self._validation_horizon()
             self.stage += 1
             self.rule.load_state_dict(self.best_weights)
             if self.average is not None:
                 self.average.module.load_state_dict(self.best_weights)
-            # The next stage is judged at another length, and its episodes have another.
-            self.best_score, self._last_better = math.inf, self.update
+            # The last stage but one is judged at the same length as the last, which has to do better.
+            if self._validation_horizon() != judged:
+                self.best_score = math.inf
+            self._last_better = self.update
             for index in self._slots:
                 self._next(index)
         return record

@@ -356,7 +356,7 @@ def test_imitation_follows_the_teachers_path_whatever_the_windows(teacher: AdamT
     optimizer, grad = teacher.optimizer(theta), start.grad
     for step in range(6):
         theta.grad = grad
-        optimizer.param_groups[0]["lr"] = teacher.lr / (1 + step / teacher.decay_steps)
+        optimizer.param_groups[0]["lr"] = teacher.lr / (1 + step / (teacher.decay_steps or float("inf")))
         optimizer.step()
         _, grad = start.flat.loss_and_grad(theta, task.sample(generator))
     assert torch.equal(ends[0].theta, theta)
@@ -375,7 +375,9 @@ def test_the_loss_of_imitation_is_relative_to_the_teachers_steps() -> None:
             assert estimate.meta_loss.item() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("lr", "decay_steps"), [(0.0, 1.0), (float("inf"), 1.0), (1.0, 0.0), (1.0, float("nan"))])
+@pytest.mark.parametrize(
+    ("lr", "decay_steps"), [(0.0, 1.0), (float("inf"), 1.0), (1.0, 0.0), (1.0, float("nan")), (1.0, float("inf"))]
+)
 def test_a_teacher_needs_steps_of_some_length(lr: float, decay_steps: float) -> None:
     for teacher in (AdamTeacher, SGDTeacher):
         with pytest.raises(ValueError, match="a teacher needs a positive lr and decay_steps"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,16 @@ def test_what_was_resolved_is_saved_with_the_run_and_with_the_entry(tmp_path: Pa
     entry = run.export(tmp_path / "zoo")
     assert entry.meta_training["settings"]["estimator"] == {"kind": "es", "std": 0.25}
     assert entry.meta_training["settings"]["copies"] == 3
+
+
+@pytest.mark.parametrize("teacher", [AdamTeacher(), SGDTeacher(decay_steps=3.0)], ids=["constant", "falling"])
+def test_what_had_a_teacher_can_be_exported(teacher: AdamTeacher | SGDTeacher, tmp_path: Path) -> None:
+    assert isinstance(TINY.training, MetaTrainConfig)
+    training = replace(TINY.training, imitation=Imitation(teacher), imitation_share=0.5)
+    run = MetaTrainingRun(replace(TINY, training=training), tmp_path / "run")
+    list(run.run())
+    settings = run.export(tmp_path / "zoo").meta_training["settings"]
+    assert settings["imitation"]["teacher"]["decay_steps"] == teacher.decay_steps
 
 
 def test_tensorboard_shows_the_numbers_of_the_log(tmp_path: Path) -> None:

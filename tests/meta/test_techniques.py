@@ -148,6 +148,17 @@ def test_a_stage_ends_when_it_brings_no_more_and_hands_on_its_best_weights() -> 
     assert trainer.best_score == 7.0
 
 
+def test_the_last_stage_has_to_do_better_than_the_one_before() -> None:
+    trainer = MetaTrainer(RULE, FAMILY, STAGED)
+    scores = iter([1.0, 2.0, 2.0] + [5.0, 6.0, 6.0] + [7.0, 7.0])
+    trainer.validate = lambda: next(scores)  # type: ignore[method-assign]
+    for record in trainer.run():
+        if record.get("validation") == 5.0:
+            best = trainer._weights()
+    assert (trainer.stage, trainer.best_score) == (2, 5.0)
+    assert_same(trainer.best_weights, best)
+
+
 def test_each_stage_has_its_length_and_is_validated_at_the_next() -> None:
     trainer = MetaTrainer(RULE, FAMILY, STAGED)
     lengths = []
