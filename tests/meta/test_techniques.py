@@ -150,7 +150,7 @@ def test_a_stage_ends_when_it_brings_no_more_and_hands_on_its_best_weights() -> 
 
 def test_the_last_stage_has_to_do_better_than_the_one_before() -> None:
     trainer = MetaTrainer(RULE, FAMILY, STAGED)
-    scores = iter([1.0, 2.0, 2.0] + [5.0, 6.0, 6.0] + [7.0, 7.0])
+    scores = iter([1.0, 2.0, 2.0, 5.0, 6.0, 6.0, 7.0, 7.0])
     trainer.validate = lambda: next(scores)  # type: ignore[method-assign]
     for record in trainer.run():
         if record.get("validation") == 5.0:
