@@ -22,11 +22,11 @@ from learnedopt.evaluation.records import decode, of_kind, read
 from learnedopt.evaluation.tasks import TASK_SETS
 
 PROBLEMS = {
-    "mnist": "MLP",
-    "mnist-relu": "MLP, ReLU",
-    "mnist-two-layers": "two layers",
-    "mnist-conv": "conv, MNIST",
-    "cifar10-conv": "conv, CIFAR-10",
+    "chen-mlp": "MLP",
+    "chen-relu": "MLP, ReLU",
+    "chen-two-layers": "two layers",
+    "chen-conv-mnist": "conv, MNIST",
+    "chen-conv-cifar10": "conv, CIFAR-10",
 }
 PUBLISHED = {
     "LSTM of Andrychowicz et al.": (0.0, 1.3, 0.0, 1.7, 0.83),
