@@ -41,6 +41,7 @@ SCORES: dict[str, tuple[TaskFamily, float]] = {
     "adam-lstm": (RELU, 0.0237),
     "default": (RELU, 0.0187),
     "mnist-mlp": (SIGMOID, 0.107),
+    "mnist-mlp-curriculum": (RELU, 0.132),
     "quadratic": (Quadratics(entries="gaussian"), 0.00143),
     "quadratic-uniform": (Quadratics(entries="uniform"), 0.00953),
     "rnnprop": (SIGMOID, 0.160),
