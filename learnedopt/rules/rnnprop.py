@@ -50,7 +50,7 @@ class RNNpropRule(UpdateRule):
     ``(S,)``: 328 bytes per parameter at the defaults.
 
     Source: Lv, Jiang & Li, "Learning gradient descent: better generalization and longer horizons", ICML 2017
-    (arXiv:1703.03633), section 4.2.
+    (arXiv:1703.03633), section 4.
 
     >>> from learnedopt.rules import RNNpropConfig, Segments
     >>> rule, segments = RNNpropRule(RNNpropConfig(output_scale=0.01)), Segments([3])
