@@ -124,9 +124,9 @@ class Block:
     def read(self, name: str, layer: int, out: Tensor) -> None:
         """Fetch an entry of the state."""
         kept = self.entries(name, layer)
-        if kept[0].dtype == out.dtype:
+        if len(kept) > 1 and kept[0].dtype == out.dtype:
             torch.cat(kept, dim=1, out=out)
-        else:  # one by one: a concatenation would convert them into memory of its own first
+        else:  # one by one: a concatenation takes longer for one, and converts into memory of its own first
             for values, room in zip(kept, self._chunks(out)):
                 room.copy_(values)
         if kept[0].dtype == torch.int8:
