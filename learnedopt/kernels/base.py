@@ -66,7 +66,11 @@ class Tensors:
     def segments(self) -> Segments:
         """Which tensor each coordinate belongs to, all tensors side by side."""
         sizes = [param.numel() for param in self.params]
-        segments = Segments(sizes) if self.total is None else _ShardedSegments(sizes, self.counts, self.total)
+        dims = [param.dim() for param in self.params]
+        if self.total is None:
+            segments = Segments(sizes, dims=dims)
+        else:
+            segments = _ShardedSegments(sizes, dims, self.counts, self.total)
         segments.together = self.num_together
         return segments
 
@@ -85,8 +89,10 @@ class Tensors:
 class _ShardedSegments(Segments):
     """Segments of which this process holds ``sizes`` coordinates, and all processes ``counts``."""
 
-    def __init__(self, sizes: Sequence[int], counts: Sequence[int], total: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(sizes)
+    def __init__(
+        self, sizes: Sequence[int], dims: Sequence[int], counts: Sequence[int], total: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(sizes, dims=dims)
         self.counts = tuple(counts)
         self._total = total
 

@@ -73,7 +73,7 @@ class PerCopy:
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """As :meth:`learnedopt.rules.UpdateRule.update`, each copy with its own weights."""
-        alone = Segments(segments.sizes)
+        alone = Segments(segments.sizes, dims=segments.dims)
 
         def one(
             weights: dict[str, Tensor], param: Tensor, grad: Tensor, state: State, loss: Tensor

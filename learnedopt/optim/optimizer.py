@@ -330,14 +330,12 @@ class LearnedOptimizer(Optimizer):
     def _cases(self, group: dict[str, Any]) -> list[tuple[Case, DeviceMesh | None]]:
         """What a group asks of backends, and for tensors spread over which processes."""
         sha256 = group["rule_sha256"]
-        places = [
-            (param.device, self._rules.dtype(sha256, param.dtype.to_real()), _mesh(spread(param)))
-            for param in group["params"]
-        ]
-        return [
-            (Case(self._rules.placed(sha256, device, dtype), device, dtype, group["state_dtype"]), mesh)
-            for device, dtype, mesh in dict.fromkeys(places)
-        ]
+        places = []
+        for param in group["params"]:
+            device, dtype = param.device, self._rules.dtype(sha256, param.dtype.to_real())
+            rule = self._rules.placed(sha256, device, dtype).rule_for(param.dim())
+            places.append((Case(rule, device, dtype, group["state_dtype"]), _mesh(spread(param))))
+        return list(dict.fromkeys(places))
 
     def _choose(self, case: Case, mesh: DeviceMesh | None = None) -> Backend:
         """Chosen once: a step does not change because something was compiled in the meantime."""
@@ -452,21 +450,23 @@ class LearnedOptimizer(Optimizer):
         return sum(param.numel() > 0 and (param.requires_grad or param.grad is not None) for param in params)
 
     def _update_group(self, group: dict[str, Any], loss: Tensor | None, skip: Tensor | None, together: int) -> None:
-        """Gather parameters, gradients and state by device, dtype and sharding; a backend does the rest."""
+        """Gather parameters, gradients and state by rule, device, dtype and sharding; a backend does the rest."""
         sha256, lr = group["rule_sha256"], group["lr"]
-        batches: dict[tuple[torch.device, torch.dtype, Spread | None], list[tuple[Tensor, Tensor, State]]] = {}
+        batches: dict[tuple[UpdateRule, torch.dtype, Spread | None], list[tuple[Tensor, Tensor, State]]] = {}
         for param in dict.fromkeys(group["params"]):
             if param.grad is None:
                 continue
             value, grad = _as_real(param), _as_real(align(param.grad, param))
-            key = value.device, self._rules.dtype(sha256, value.dtype), spread(value)
+            dtype = self._rules.dtype(sha256, value.dtype)
+            rule = self._rules.placed(sha256, value.device, dtype).rule_for(param.dim())
             state = self.state[param]
             if not state:
-                state.update(_init_state(self._rules[sha256], value, key[1], group["state_dtype"]))
-            batches.setdefault(key, []).append((value, grad, state))
+                state.update(_init_state(rule, value, dtype, group["state_dtype"]))
+            batches.setdefault((rule, dtype, spread(value)), []).append((value, grad, state))
         if self._rules[sha256].needs_loss and loss is None:
             return
-        for (device, dtype, layout), batch in batches.items():
+        for (rule, dtype, layout), batch in batches.items():
+            device = batch[0][0].device
             given = None if loss is None else _sent(loss, device, dtype)
             if given is not None and layout is not None:
                 given = mean_over(layout[0], given)
@@ -482,7 +482,6 @@ class LearnedOptimizer(Optimizer):
                 maximize=group["maximize"],
                 together=together,
             )
-            rule = self._rules.placed(sha256, device, dtype)
             backend = self._agree(Case(rule, device, dtype, group["state_dtype"]), _mesh(layout))
             with _without_autocast(device):
                 step(

@@ -15,6 +15,7 @@ from learnedopt.rules.meta_lstm import MetaLSTMConfig, MetaLSTMRule
 from learnedopt.rules.preprocessing import log_sign
 from learnedopt.rules.rnnprop import RNNpropConfig, RNNpropRule
 from learnedopt.rules.schedule_free_lstm import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule
+from learnedopt.rules.separate_lstm import SeparateLSTMConfig, SeparateLSTMRule
 
 RULES: dict[str, type[UpdateRule]] = {
     rule.config_class.kind: rule
@@ -24,6 +25,7 @@ RULES: dict[str, type[UpdateRule]] = {
         AdamLSTMRule,
         ScheduleFreeLSTMRule,
         RNNpropRule,
+        SeparateLSTMRule,
     )
 }
 
@@ -58,6 +60,8 @@ __all__ = [
     "ScheduleFreeLSTMConfig",
     "ScheduleFreeLSTMRule",
     "Segments",
+    "SeparateLSTMConfig",
+    "SeparateLSTMRule",
     "State",
     "StateSpec",
     "UpdateRule",

@@ -39,7 +39,8 @@ class Segments:
 
     ``sizes`` are the numbers of coordinates of the tensors, in order; the whole sequence is repeated ``copies``
     times (meta-training puts ``copies`` tasks of one architecture side by side). There are
-    ``S = copies * len(sizes)`` segments and ``N = copies * sum(sizes)`` coordinates.
+    ``S = copies * len(sizes)`` segments and ``N = copies * sum(sizes)`` coordinates. ``dims`` are the numbers of
+    dimensions of the tensors, 1 of each where they are not given.
 
     >>> segments = Segments([2, 1])
     >>> segments.mean(torch.tensor([1.0, 3.0, 5.0]))
@@ -48,14 +49,17 @@ class Segments:
     tensor([2., 2., 5.])
     """
 
-    def __init__(self, sizes: Sequence[int], copies: int = 1) -> None:
+    def __init__(self, sizes: Sequence[int], copies: int = 1, dims: Sequence[int] | None = None) -> None:
         self.sizes = tuple(sizes)
+        self.dims = (1,) * len(self.sizes) if dims is None else tuple(dims)
         self.counts = self.sizes  # what a mean divides by; larger where this is but a shard of the tensors
         # How many tensors, of those that are not empty, are trained together; more where these are some of them.
         self.together = sum(size > 0 for size in self.sizes)
         self.copies = copies
         if copies < 1 or any(size < 0 for size in self.sizes):
             raise ValueError(f"copies must be at least 1 and no size negative, got {copies} and {self.sizes}")
+        if len(self.dims) != len(self.sizes):
+            raise ValueError(f"dims must be one for each tensor, got {len(self.dims)} for {len(self.sizes)}")
         self.num_coordinates = copies * sum(self.sizes)
         self.num_segments = copies * len(self.sizes)
 
@@ -115,8 +119,8 @@ class UpdateRule(nn.Module):
     per tensor; :meth:`forward` works on each coordinate by itself given those numbers, so it may be called on any
     block of coordinates. :meth:`update` is both, for callers who hold everything at once.
 
-    A rule never sees where coordinates came from beyond that: permuting the coordinates of a tensor permutes its
-    updates, and the order of the tensors does not matter.
+    Beyond that a rule sees of where coordinates came from at most how many dimensions the tensor has: permuting the
+    coordinates of a tensor permutes its updates, and the order of the tensors does not matter.
 
     Subclasses set ``config_class`` and define :meth:`state_spec` and :meth:`forward`, and :meth:`statistics` if
     they use any.
@@ -141,6 +145,13 @@ class UpdateRule(nn.Module):
     def state_spec(self) -> dict[str, StateSpec]:
         """The entries of this rule's state and their shapes."""
         raise NotImplementedError
+
+    def rule_for(self, dims: int) -> UpdateRule:
+        """The rule that computes the updates of tensors with that many dimensions: this one, unless it has parts.
+
+        All parts have the state of the whole.
+        """
+        return self
 
     def init_state(
         self, segments: Segments, dtype: torch.dtype | None = None, device: torch.device | None = None

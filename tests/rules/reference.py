@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-from learnedopt.rules import UpdateRule
+from learnedopt.rules import SeparateLSTMRule, UpdateRule
 
 Tensors = list[list[float]]
 
@@ -83,6 +83,14 @@ class LSTMReference(Reference):
     def coordinate(self, t: int, j: int, g: float) -> float:
         x = log_sign(g, self.config.preprocessing_p) if self.config.preprocessing == "log_sign" else [g]
         return float(self.config.output_scale) * self.readout("readout", 0, self.lstms[t][j](x))
+
+
+class SeparateLSTMReference(LSTMReference):
+    """Of vectors, which the second of its LSTMs serves."""
+
+    def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
+        assert isinstance(rule, SeparateLSTMRule)
+        super().__init__(rule.others, sizes)
 
 
 class MetaLSTMReference(Reference):
@@ -243,4 +251,5 @@ REFERENCES: dict[str, type[Reference]] = {
     "adam_lstm": AdamLSTMReference,
     "schedule_free_lstm": ScheduleFreeLSTMReference,
     "rnnprop": RNNpropReference,
+    "separate_lstm": SeparateLSTMReference,
 }
