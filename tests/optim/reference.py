@@ -23,6 +23,8 @@ from learnedopt.rules import (
     ScheduleFreeLSTMConfig,
     ScheduleFreeLSTMRule,
     Segments,
+    SeparateLSTMConfig,
+    SeparateLSTMRule,
     State,
     StateSpec,
     UpdateRule,
@@ -104,6 +106,7 @@ CASES = {
         LearnedOptimizer, lambda: trained(ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(hidden_size=4)))
     ),
     "rnnprop": Case(LearnedOptimizer, lambda: trained(RNNpropRule(RNNpropConfig(hidden_size=4)))),
+    "separate-lstm": Case(LearnedOptimizer, lambda: trained(SeparateLSTMRule(SeparateLSTMConfig(hidden_size=4)))),
     "trace": Case(LearnedOptimizer, TraceRule),
 }
 
@@ -167,7 +170,7 @@ class ReferenceLoop:
     @torch.no_grad()
     def step(self, grads: list[Tensor], loss: float, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         for i, grad in enumerate(grads):
-            param, segments = self.params[i].to(self.dtype).reshape(-1), Segments([grad.numel()])
+            param, segments = self.params[i].to(self.dtype).reshape(-1), Segments([grad.numel()], dims=[grad.dim()])
             segments.together = sum(each.numel() > 0 for each in self.params)
             delta, self.states[i] = self.rule.update(
                 param,
