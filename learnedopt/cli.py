@@ -250,6 +250,8 @@ def _benchmark_run(arguments: argparse.Namespace) -> int:
     # Vectorised over copies as it is, a run gains little from a second thread; a second process gains all of it.
     torch.set_num_threads(1)
     options = ["--horizon", str(plan.horizon), "--multiples", *map(str, plan.multiples)]
+    seeds = {"--selection-seeds": plan.selection_seeds, "--reporting-seeds": plan.reporting_seeds}
+    options += [text for name, count in seeds.items() for text in (name, str(count))]
     options += ["--untuned"] if arguments.untuned else []
     command = ["learnedopt", "benchmark", "run", "--tasks", *arguments.tasks, "--optimizers", *arguments.optimizers]
     benchmark = Benchmark(arguments.out, arguments.tasks, arguments.optimizers, plan, shlex.join([*command, *options]))

@@ -187,8 +187,9 @@ def test_the_command_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "### Summary at 10 steps" in capsys.readouterr().out
     assert Path(folder, "index.html").exists()
     (session,) = records.of_kind(records.read(Path(file)), "session")
-    assert session["command"].startswith(
-        "learnedopt benchmark run --tasks quadratic --optimizers adam sgd --horizon 10"
+    assert session["command"] == (
+        "learnedopt benchmark run --tasks quadratic --optimizers adam sgd --horizon 10 --multiples 1 "
+        "--selection-seeds 2 --reporting-seeds 2 --untuned"
     )
 
 
