@@ -62,7 +62,8 @@ class SeparateLSTMRule(UpdateRule):
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        kernels = grad.new_tensor([float(dims >= _LEAST_DIMS) for dims in segments.dims])
+        # Filled on the device: a list would be copied to it, and the host would wait for that.
+        kernels = torch.cat([grad.new_full((1,), float(dims >= _LEAST_DIMS)) for dims in segments.dims])
         return kernels.repeat(segments.copies).unsqueeze(0), {}
 
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt import LearnedOptimizer
+from learnedopt.meta.evolution import PerCopy, flat_weights
 from learnedopt.rules import LSTMRule, Segments, SeparateLSTMConfig, SeparateLSTMRule
 from tests.rules.support import random_rule, random_values, run
 
@@ -36,6 +37,18 @@ def test_copies_lie_side_by_side() -> None:
         for half in (slice(0, 5), slice(5, 10)):
             delta, _ = rule.update(param[half], grad[half], rule.init_state(once), once)
             torch.testing.assert_close(both[half], delta)
+
+
+def test_copies_may_have_weights_of_their_own() -> None:
+    one, two = make_rule(), SeparateLSTMRule(SeparateLSTMConfig(hidden_size=3))
+    param, grad = random_values((10,), 0).float(), random_values((10,), 1).float()
+    single, both = Segments([3, 2], dims=[3, 2]), Segments([3, 2], copies=2, dims=[3, 2])
+    with torch.no_grad():
+        per_copy = PerCopy(one, torch.stack([flat_weights(one), flat_weights(two)]))
+        deltas, _ = per_copy.update(param, grad, one.init_state(both), both)
+        for rule, half in ((one, slice(0, 5)), (two, slice(5, 10))):
+            delta, _ = rule.update(param[half], grad[half], rule.init_state(single), single)
+            torch.testing.assert_close(deltas[half], delta)
 
 
 def network() -> nn.Module:
