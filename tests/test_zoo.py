@@ -26,7 +26,7 @@ from learnedopt.rules import (
     UpdateRule,
     build_rule,
 )
-from learnedopt.tasks import MLPClassification, Quadratics, TaskFamily
+from learnedopt.tasks import ConvPool, MLPClassification, Quadratics, TaskFamily
 from learnedopt.zoo import ZooEntry, ZooError, entry_info, list_entries, load_rule, rule_fingerprint, save_rule
 
 CONFIGS = [
@@ -39,6 +39,7 @@ SIGMOID = MLPClassification(hidden_sizes=((20,),), activations=("sigmoid",))
 RELU = MLPClassification(hidden_sizes=((32, 32),), activations=("relu",), initial_std=None)
 SCORES: dict[str, tuple[TaskFamily, float]] = {
     "adam-lstm": (RELU, 0.0237),
+    "cifar10": (ConvPool(channels=((4, 4),), hidden=(16,), batch_sizes=(16,)), 0.533),
     "default": (RELU, 0.0187),
     "mnist-mlp": (SIGMOID, 0.107),
     "mnist-mlp-curriculum": (RELU, 0.132),
