@@ -34,7 +34,7 @@ def test_the_recipe_of_a_document_trains(document: str, tmp_path: Path) -> None:
 
 
 def test_the_readme_names_the_entries_of_the_zoo() -> None:
-    listed = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert set(zoo.list_entries()) <= set(listed)
 
 
