@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt import LearnedOptimizer
+from learnedopt.kernels import ReferenceBackend, Tensors, step
 from learnedopt.meta.evolution import PerCopy, flat_weights
 from learnedopt.rules import LSTMRule, Segments, SeparateLSTMConfig, SeparateLSTMRule
 from tests.rules.support import random_rule, random_values, run
@@ -49,6 +50,24 @@ def test_copies_may_have_weights_of_their_own() -> None:
         for rule, half in ((one, slice(0, 5)), (two, slice(5, 10))):
             delta, _ = rule.update(param[half], grad[half], rule.init_state(single), single)
             torch.testing.assert_close(deltas[half], delta)
+
+
+def test_a_step_of_a_backend_knows_kernels_from_the_rest() -> None:
+    """Of the whole rule, which an optimizer would have taken apart."""
+    rule = make_rule().requires_grad_(False)
+    shapes = [(2, 1, 3), (2, 3), (4,)]
+    params, grads = ([random_values(shape, seed).float() for shape in shapes] for seed in (0, 1))
+    segments = [Segments([param.numel()]) for param in params]
+    states = [
+        {name: value.unflatten(-1, shape) for name, value in rule.init_state(one).items()}
+        for one, shape in zip(segments, shapes)
+    ]
+    tensors = Tensors([param.clone() for param in params], grads, states, torch.float32, "float32", [6, 6, 4])
+    step(ReferenceBackend(), rule, tensors, lr=1.0, weight_decay=0.0)
+    by = (rule.convolutions, rule.others, rule.others)
+    for part, before, after, grad, one in zip(by, params, tensors.params, grads, segments, strict=True):
+        delta, _ = part.update(before.flatten(), grad.flatten(), part.init_state(one), one)
+        torch.testing.assert_close(after, before + delta.view_as(before))
 
 
 def network() -> nn.Module:
