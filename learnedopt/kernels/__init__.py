@@ -1,12 +1,14 @@
 """The same maths, faster: backends that run a rule's step in place, and the choice between them."""
 
 from learnedopt.kernels.base import Backend, Case, Tensors
+from learnedopt.kernels.bases import AGE, step_in_bases
 from learnedopt.kernels.choice import BackendName, check_name, choose, get_backend
 from learnedopt.kernels.dispatch import step
 from learnedopt.kernels.reference import ReferenceBackend
 from learnedopt.kernels.state import StateDtype, StoredSpec, keep_state, read_state, state_layout
 
 __all__ = [
+    "AGE",
     "Backend",
     "BackendName",
     "Case",
@@ -21,4 +23,5 @@ __all__ = [
     "read_state",
     "state_layout",
     "step",
+    "step_in_bases",
 ]

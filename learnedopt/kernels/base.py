@@ -66,11 +66,11 @@ class Tensors:
     def segments(self) -> Segments:
         """Which tensor each coordinate belongs to, all tensors side by side."""
         sizes = [param.numel() for param in self.params]
-        dims = [param.dim() for param in self.params]
+        shapes = [param.shape for param in self.params]
         if self.total is None:
-            segments = Segments(sizes, dims=dims)
+            segments = Segments(sizes, shapes=shapes)
         else:
-            segments = _ShardedSegments(sizes, dims, self.counts, self.total)
+            segments = _ShardedSegments(sizes, shapes, self.counts, self.total)
         segments.together = self.num_together
         return segments
 
@@ -90,9 +90,13 @@ class _ShardedSegments(Segments):
     """Segments of which this process holds ``sizes`` coordinates, and all processes ``counts``."""
 
     def __init__(
-        self, sizes: Sequence[int], dims: Sequence[int], counts: Sequence[int], total: Callable[[Tensor], Tensor]
+        self,
+        sizes: Sequence[int],
+        shapes: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        total: Callable[[Tensor], Tensor],
     ) -> None:
-        super().__init__(sizes, dims=dims)
+        super().__init__(sizes, shapes=shapes)
         self.counts = tuple(counts)
         self._total = total
 

@@ -42,7 +42,7 @@ class Repeated(Task):
 
 
 class _Update(nn.Module):
-    """A rule whose call is :meth:`~UpdateRule.update`, since only calls can be given other parameters."""
+    """A rule whose call is :meth:`~UpdateRule.advance`, since only calls can be given other parameters."""
 
     def __init__(self, rule: UpdateRule) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Update(nn.Module):
     def forward(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor
     ) -> tuple[Tensor, State]:
-        return self.rule.update(param, grad, state, segments, loss)
+        return self.rule.advance(param, grad, state, segments, loss)
 
 
 class PerCopy:
@@ -73,7 +73,8 @@ class PerCopy:
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """As :meth:`learnedopt.rules.UpdateRule.update`, each copy with its own weights."""
-        alone = Segments(segments.sizes, dims=segments.dims)
+        alone = Segments(segments.sizes, shapes=segments.shapes)
+        param, grad, state, back = self._update.rule.turn(param, grad, state, segments)
 
         def one(
             weights: dict[str, Tensor], param: Tensor, grad: Tensor, state: State, loss: Tensor
@@ -81,12 +82,14 @@ class PerCopy:
             delta, after = torch.func.functional_call(self._update, weights, (param, grad, state, alone, loss))
             return delta, after
 
-        by_copy = {name: value.unflatten(-1, (self._copies, -1)).movedim(-2, 0) for name, value in state.items()}
+        names = self._update.rule.state_spec()
+        by_copy = {name: state[name].unflatten(-1, (self._copies, -1)).movedim(-2, 0) for name in names}
         losses = param.new_zeros(self._copies) if loss is None else loss
         delta, after = torch.func.vmap(one)(
             self._weights, param.view(self._copies, -1), grad.view(self._copies, -1), by_copy, losses
         )
-        return delta.flatten(), {name: value.movedim(0, -2).flatten(-2) for name, value in after.items()}
+        after = {name: value.movedim(0, -2).flatten(-2) for name, value in after.items()}
+        return back(delta.flatten()), {**state, **after}
 
 
 @dataclass(frozen=True)

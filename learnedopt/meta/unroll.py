@@ -35,7 +35,7 @@ class FlatTask:
         self._names = list(params)
         self._shapes = [tensor.shape[1:] for tensor in params.values()]
         self._sizes = [shape.numel() for shape in self._shapes]
-        self.segments = Segments(self._sizes, copies=task.copies, dims=[len(shape) for shape in self._shapes])
+        self.segments = Segments(self._sizes, copies=task.copies, shapes=self._shapes)
 
     @staticmethod
     def flatten(params: Params) -> Tensor:

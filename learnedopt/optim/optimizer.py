@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from learnedopt.kernels import (
+    AGE,
     Backend,
     BackendName,
     Case,
@@ -28,6 +29,7 @@ from learnedopt.kernels import (
     read_state,
     state_layout,
     step,
+    step_in_bases,
 )
 from learnedopt.optim.registry import RuleLike, RuleRegistry
 from learnedopt.optim.sharding import (
@@ -35,6 +37,7 @@ from learnedopt.optim.sharding import (
     align,
     anywhere,
     copy_beside,
+    keep_whole,
     local,
     mean_over,
     most_over,
@@ -43,7 +46,7 @@ from learnedopt.optim.sharding import (
     whole,
     zeros_beside,
 )
-from learnedopt.rules import State, UpdateRule
+from learnedopt.rules import EigenbasisRule, State, UpdateRule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -390,7 +393,7 @@ class LearnedOptimizer(Optimizer):
                 }
                 dtype = self._rules.dtype(group["rule_sha256"], param.dtype.to_real())
                 layout = state_layout(rule, dtype, saved_group.get("state_dtype", "float32"))
-                if found and found != (expected := _state_shapes(layout, _as_real(param))):
+                if found and found != (expected := _state_shapes(rule, layout, _as_real(param))):
                     raise ValueError(
                         f"{name} has shape {tuple(param.shape)} and its state the shapes {expected}, but the state to "
                         f"load has {found}: its parameters must be those of this optimizer, in the same order"
@@ -452,39 +455,45 @@ class LearnedOptimizer(Optimizer):
     def _update_group(self, group: dict[str, Any], loss: Tensor | None, skip: Tensor | None, together: int) -> None:
         """Gather parameters, gradients and state by rule, device, dtype and sharding; a backend does the rest."""
         sha256, lr = group["rule_sha256"], group["lr"]
-        batches: dict[tuple[UpdateRule, torch.dtype, Spread | None], list[tuple[Tensor, Tensor, State]]] = {}
+        batches: dict[tuple[UpdateRule, bool, torch.dtype, Spread | None], list[tuple[Tensor, Tensor, State]]] = {}
         for param in dict.fromkeys(group["params"]):
             if param.grad is None:
                 continue
             value, grad = _as_real(param), _as_real(align(param.grad, param))
             dtype = self._rules.dtype(sha256, value.dtype)
-            rule = self._rules.placed(sha256, value.device, dtype).rule_for(param.dim())
+            whole_rule = self._rules.placed(sha256, value.device, dtype)
+            has_bases = bool(whole_rule.matrices(value.shape))
+            rule = whole_rule if has_bases else whole_rule.rule_for(param.dim())
             state = self.state[param]
             if not state:
-                state.update(_init_state(rule, value, dtype, group["state_dtype"]))
-            batches.setdefault((rule, dtype, spread(value)), []).append((value, grad, state))
+                state.update(_init_state(whole_rule, value, dtype, group["state_dtype"]))
+            batches.setdefault((rule, has_bases, dtype, spread(value)), []).append((value, grad, state))
         if self._rules[sha256].needs_loss and loss is None:
             return
-        for (rule, dtype, layout), batch in batches.items():
+        for (rule, has_bases, dtype, layout), batch in batches.items():
             device = batch[0][0].device
             given = None if loss is None else _sent(loss, device, dtype)
             if given is not None and layout is not None:
                 given = mean_over(layout[0], given)
             params, grads, states = zip(*batch)
+            # What is in bases is a mixture of rows and columns that other processes may hold.
+            here = whole if has_bases else local
             tensors = Tensors(
-                [local(param) for param in params],
-                [local(grad) for grad in grads],
-                [{name: local(values) for name, values in state.items()} for state in states],
+                [here(param) for param in params],
+                [here(grad) for grad in grads],
+                [{name: here(values) for name, values in state.items()} for state in states],
                 dtype=dtype,
                 state_dtype=group["state_dtype"],
                 counts=[param.numel() for param in params],
-                total=None if layout is None else total_over(layout),
+                total=None if layout is None or has_bases else total_over(layout),
                 maximize=group["maximize"],
                 together=together,
             )
-            backend = self._agree(Case(rule, device, dtype, group["state_dtype"]), _mesh(layout))
+            served = rule.rule_for(params[0].dim())
+            backend = self._agree(Case(served, device, dtype, group["state_dtype"]), _mesh(layout))
+            take = step_in_bases if isinstance(rule, EigenbasisRule) and has_bases else step
             with _without_autocast(device):
-                step(
+                take(
                     backend,
                     rule,
                     tensors,
@@ -493,14 +502,24 @@ class LearnedOptimizer(Optimizer):
                     loss=given,
                     skip=None if skip is None else _sent(skip, device),
                 )
+                if has_bases:
+                    for param, moved in zip(params, tensors.params):
+                        keep_whole(param, moved)
 
 
 def _init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype: StateDtype) -> State:
+    layout, matrices = state_layout(rule, dtype, state_dtype), rule.matrices(param.shape)
+    if matrices:
+        # Every process has all of it, see _update_group.
+        shapes = _state_shapes(rule, layout, param)
+        dtypes = {**dict.fromkeys(matrices, dtype), **{name: spec.dtype for name, spec in layout.items()}}
+        whole_state = {name: torch.zeros(shapes[name], dtype=dtypes[name], device=param.device) for name in dtypes}
+        return {**whole_state, AGE: torch.zeros((), dtype=torch.int64)}
     return {
         name: zeros_beside(param, spec.shape, spec.dtype)
         if spec.scope == "coordinate"
         else torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
-        for name, spec in state_layout(rule, dtype, state_dtype).items()
+        for name, spec in layout.items()
     }
 
 
@@ -510,31 +529,35 @@ def _load_state(
 ) -> State:
     """A copy of saved state as it should be for a parameter: precision, device, and spread over processes."""
     param = _as_real(param)
-    layout = state_layout(rule, dtype, saved_as)
-    placed = {
-        name: copy_beside(param, values, layout[name].dtype)
-        if layout[name].scope == "coordinate"
-        else whole(values).to(param.device, layout[name].dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, values in saved.items()
-    }
+    layout, matrices = state_layout(rule, dtype, saved_as), rule.matrices(param.shape)
+    placed: State = {}
+    for name, values in saved.items():
+        if name == AGE:
+            placed[name] = whole(values).to("cpu", copy=True)
+        elif name in layout and layout[name].scope == "coordinate" and not matrices:
+            placed[name] = copy_beside(param, values, layout[name].dtype)
+        else:
+            kept = layout[name].dtype if name in layout else dtype
+            placed[name] = whole(values).to(param.device, kept, copy=True, memory_format=torch.contiguous_format)
     if saved_as == state_dtype or not placed:
         return placed
-    flat = {name: local(values).reshape(*layout[name].shape, -1) for name, values in placed.items()}
+    flat = {name: local(placed[name]).reshape(*spec.shape, -1) for name, spec in layout.items()}
     state = _init_state(rule, param, dtype, state_dtype)
-    values = keep_state(read_state(flat, rule.state_spec(), dtype), state_layout(rule, dtype, state_dtype))
-    for name, value in values.items():
+    converted = keep_state(read_state(flat, rule.state_spec(), dtype), state_layout(rule, dtype, state_dtype))
+    for name, value in converted.items():
         local(state[name]).copy_(value.view(local(state[name]).shape))
-    return state
+    return {**state, **{name: values for name, values in placed.items() if name not in layout}}
 
 
 def _mesh(layout: Spread | None) -> DeviceMesh | None:
     return None if layout is None else layout[0]
 
 
-def _state_shapes(layout: dict[str, StoredSpec], param: Tensor) -> dict[str, tuple[int, ...]]:
-    return {
-        name: spec.shape + (tuple(param.shape) if spec.scope == "coordinate" else ()) for name, spec in layout.items()
-    }
+def _state_shapes(rule: UpdateRule, layout: dict[str, StoredSpec], param: Tensor) -> dict[str, tuple[int, ...]]:
+    matrices = rule.matrices(param.shape)
+    of_param = {"coordinate": tuple(param.shape), "tensor": ()}
+    shapes = {name: spec.shape + of_param[spec.scope] for name, spec in layout.items()}
+    return {**shapes, **matrices, AGE: ()} if matrices else shapes
 
 
 def _param_names(group: dict[str, Any]) -> list[str]:

@@ -46,6 +46,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
+def keep_whole(tensor: Tensor, values: Tensor) -> None:
+    """Write values of the whole tensor, which every process has, into what this one holds of it."""
+    if is_distributed(tensor):
+        local(tensor).copy_(local(copy_beside(tensor, values, tensor.dtype)))
+
+
 def align(grad: Tensor, param: Tensor) -> Tensor:
     """A gradient with the placements of its parameter; tensor parallelism may leave it as partial sums."""
     if is_distributed(grad) and is_distributed(param) and grad.placements != param.placements:

@@ -10,6 +10,7 @@ from typing import Any
 
 from learnedopt.rules.adam_lstm import AdamLSTMConfig, AdamLSTMRule
 from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
+from learnedopt.rules.eigenbasis import EigenbasisConfig, EigenbasisRule
 from learnedopt.rules.lstm import LSTMConfig, LSTMRule
 from learnedopt.rules.meta_lstm import MetaLSTMConfig, MetaLSTMRule
 from learnedopt.rules.preprocessing import log_sign
@@ -24,6 +25,7 @@ RULES: dict[str, type[UpdateRule]] = {
         MetaLSTMRule,
         AdamLSTMRule,
         ScheduleFreeLSTMRule,
+        EigenbasisRule,
         RNNpropRule,
         SeparateLSTMRule,
     )
@@ -50,6 +52,8 @@ __all__ = [
     "RULES",
     "AdamLSTMConfig",
     "AdamLSTMRule",
+    "EigenbasisConfig",
+    "EigenbasisRule",
     "LSTMConfig",
     "LSTMRule",
     "MetaLSTMConfig",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -32,6 +32,9 @@ class StateSpec:
     accumulates: bool = False
     """Whether each step adds to the entry, as to the cells of an LSTM, instead of making it anew. Where it is kept in
     few bits, its rounding errors add up, and it is given more of them."""
+    is_direction: bool = False
+    """Whether the entry is a direction in the space of the parameters, such as a momentum, and turns with the basis in
+    which it is written."""
 
 
 class Segments:
@@ -39,8 +42,8 @@ class Segments:
 
     ``sizes`` are the numbers of coordinates of the tensors, in order; the whole sequence is repeated ``copies``
     times (meta-training puts ``copies`` tasks of one architecture side by side). There are
-    ``S = copies * len(sizes)`` segments and ``N = copies * sum(sizes)`` coordinates. ``dims`` are the numbers of
-    dimensions of the tensors, 1 of each where they are not given.
+    ``S = copies * len(sizes)`` segments and ``N = copies * sum(sizes)`` coordinates. ``shapes`` are those of the
+    tensors, vectors where they are not given.
 
     >>> segments = Segments([2, 1])
     >>> segments.mean(torch.tensor([1.0, 3.0, 5.0]))
@@ -49,17 +52,17 @@ class Segments:
     tensor([2., 2., 5.])
     """
 
-    def __init__(self, sizes: Sequence[int], copies: int = 1, dims: Sequence[int] | None = None) -> None:
+    def __init__(self, sizes: Sequence[int], copies: int = 1, shapes: Sequence[Sequence[int]] | None = None) -> None:
         self.sizes = tuple(sizes)
-        self.dims = (1,) * len(self.sizes) if dims is None else tuple(dims)
+        self.shapes = tuple((size,) for size in sizes) if shapes is None else tuple(tuple(shape) for shape in shapes)
         self.counts = self.sizes  # what a mean divides by; larger where this is but a shard of the tensors
         # How many tensors, of those that are not empty, are trained together; more where these are some of them.
         self.together = sum(size > 0 for size in self.sizes)
         self.copies = copies
         if copies < 1 or any(size < 0 for size in self.sizes):
             raise ValueError(f"copies must be at least 1 and no size negative, got {copies} and {self.sizes}")
-        if len(self.dims) != len(self.sizes):
-            raise ValueError(f"dims must be one for each tensor, got {len(self.dims)} for {len(self.sizes)}")
+        if tuple(math.prod(shape) for shape in self.shapes) != self.sizes:
+            raise ValueError(f"shapes must be those of tensors of the sizes {self.sizes}, got {self.shapes}")
         self.num_coordinates = copies * sum(self.sizes)
         self.num_segments = copies * len(self.sizes)
 
@@ -120,7 +123,8 @@ class UpdateRule(nn.Module):
     block of coordinates. :meth:`update` is both, for callers who hold everything at once.
 
     Beyond that a rule sees of where coordinates came from at most how many dimensions the tensor has: permuting the
-    coordinates of a tensor permutes its updates, and the order of the tensors does not matter.
+    coordinates of a tensor permutes its updates, and the order of the tensors does not matter. A rule may however have
+    its own bases for the coordinates of matrices (:meth:`matrices`, :meth:`turn`), and do all this in them.
 
     Subclasses set ``config_class`` and define :meth:`state_spec` and :meth:`forward`, and :meth:`statistics` if
     they use any.
@@ -153,15 +157,38 @@ class UpdateRule(nn.Module):
         """
         return self
 
+    def matrices(self, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """Shapes of the matrices that belong to the state of a tensor of this shape; none, unless the rule has bases.
+
+        They start at zero. In a flat state an entry holds those of all tensors side by side, once for each copy.
+        """
+        return {}
+
     def init_state(
         self, segments: Segments, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> State:
         """A state of zeros for the coordinates of ``segments``."""
         count = {"coordinate": segments.num_coordinates, "tensor": segments.num_segments}
+        shapes = [(*spec.shape, count[spec.scope]) for spec in self.state_spec().values()]
+        sizes: dict[str, int] = {}
+        for shape in segments.shapes:
+            for name, (rows, columns) in self.matrices(shape).items():
+                sizes[name] = sizes.get(name, 0) + segments.copies * rows * columns
+        names = [*self.state_spec(), *sizes]
         return {
-            name: torch.zeros(*spec.shape, count[spec.scope], dtype=dtype, device=device)
-            for name, spec in self.state_spec().items()
+            name: torch.zeros(shape, dtype=dtype, device=device)
+            for name, shape in zip(names, [*shapes, *((size,) for size in sizes.values())])
         }
+
+    def turn(
+        self, param: Tensor, grad: Tensor, state: State, segments: Segments
+    ) -> tuple[Tensor, Tensor, State, Callable[[Tensor], Tensor]]:
+        """Parameters, gradients and state in the bases of this step, and what brings an update back from there.
+
+        All flat, as of :meth:`statistics`. Here, and wherever there are no :meth:`matrices`, all of it as it is. It
+        does not depend on the meta-parameters.
+        """
+        return param, grad, state, lambda delta: delta
 
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
@@ -192,13 +219,21 @@ class UpdateRule(nn.Module):
         """
         raise NotImplementedError
 
-    def update(
+    def advance(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """One whole step: :meth:`statistics`, then :meth:`forward` on every coordinate."""
+        """:meth:`statistics`, then :meth:`forward` on every coordinate; in bases, once :meth:`turn` has gone there."""
         statistics, tensor_state = self.statistics(param, grad, state, segments, loss)
         delta, coordinate_state = self(param, grad, state, segments.expand(statistics))
         return delta, {**tensor_state, **coordinate_state}
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One whole step: :meth:`turn`, :meth:`advance`, and back."""
+        param, grad, state, back = self.turn(param, grad, state, segments)
+        delta, after = self.advance(param, grad, state, segments, loss)
+        return back(delta), {**state, **after}
 
     def state_bytes_per_parameter(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of coordinate-scope state each parameter costs its user."""

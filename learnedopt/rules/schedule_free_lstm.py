@@ -150,10 +150,10 @@ class ScheduleFreeLSTMRule(UpdateRule):
     def state_spec(self) -> dict[str, StateSpec]:
         return {
             **(self.lstm.state_spec() if self.lstm is not None else {}),
-            "momentum": StateSpec(),
+            "momentum": StateSpec(is_direction=True),
             "square": StateSpec(),
-            "offset": StateSpec(),
-            "origin": StateSpec(),
+            "offset": StateSpec(is_direction=True),
+            "origin": StateSpec(is_direction=True),
             **{name: StateSpec(scope="tensor") for name in ("step", "smallness", *_AVERAGES)},
         }
 

@@ -35,7 +35,7 @@ class SeparateLSTMRule(UpdateRule):
     Source: Andrychowicz et al. 2016 (arXiv:1606.04474), section 3.3: "separate" optimizers, as those parameters are
     too different. That biases of convolutions go with the dense parameters is from the authors' code.
 
-    >>> rule, segments = SeparateLSTMRule(), Segments([4, 2], dims=[4, 1])
+    >>> rule, segments = SeparateLSTMRule(), Segments([4, 2], shapes=[(1, 1, 2, 2), (2,)])
     >>> rule.convolutions.readout.bias.data.fill_(1.0)
     tensor([1.])
     >>> with torch.no_grad():
@@ -63,7 +63,7 @@ class SeparateLSTMRule(UpdateRule):
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
         # Filled on the device: a list would be copied to it, and the host would wait for that.
-        kernels = torch.cat([grad.new_full((1,), float(dims >= _LEAST_DIMS)) for dims in segments.dims])
+        kernels = torch.cat([grad.new_full((1,), float(len(shape) >= _LEAST_DIMS)) for shape in segments.shapes])
         return kernels.repeat(segments.copies).unsqueeze(0), {}
 
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:

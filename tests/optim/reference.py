@@ -165,12 +165,12 @@ class ReferenceLoop:
         self.dtype = torch.promote_types(torch.float32, params[0].dtype)
         self.rule = rule.to(self.dtype)
         self.params = [param.detach().clone() for param in params]
-        self.states = [rule.init_state(Segments([param.numel()]), self.dtype) for param in params]
+        self.states = [rule.init_state(Segments([param.numel()], shapes=[param.shape]), self.dtype) for param in params]
 
     @torch.no_grad()
     def step(self, grads: list[Tensor], loss: float, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         for i, grad in enumerate(grads):
-            param, segments = self.params[i].to(self.dtype).reshape(-1), Segments([grad.numel()], dims=[grad.dim()])
+            param, segments = self.params[i].to(self.dtype).reshape(-1), Segments([grad.numel()], shapes=[grad.shape])
             segments.together = sum(each.numel() > 0 for each in self.params)
             delta, self.states[i] = self.rule.update(
                 param,

@@ -250,6 +250,7 @@ REFERENCES: dict[str, type[Reference]] = {
     "meta_lstm": MetaLSTMReference,
     "adam_lstm": AdamLSTMReference,
     "schedule_free_lstm": ScheduleFreeLSTMReference,
+    "eigenbasis": lambda rule, sizes: ScheduleFreeLSTMReference(rule.inner, sizes),  # vectors have no bases
     "rnnprop": RNNpropReference,
     "separate_lstm": SeparateLSTMReference,
 }

@@ -16,7 +16,7 @@ from learnedopt.rules import RULES, Segments, build_rule
 from tests.rules.support import KINDS, VARIANTS, property_test, random_rule, random_values, run
 
 # Rules that look at tensors as wholes; for the others the borders between tensors mean nothing.
-READS_TENSORS = {"adam_lstm", "schedule_free_lstm"}
+READS_TENSORS = {"adam_lstm", "schedule_free_lstm", "eigenbasis"}
 
 STEPS = 3
 

@@ -22,7 +22,7 @@ def test_kernels_are_served_by_one_and_the_rest_by_the_other() -> None:
     rule, sizes = make_rule(), [4, 3, 2, 5]
     params, grads = random_values((6, 14), 0).float(), random_values((6, 14), 1).float()
     with torch.no_grad():
-        deltas, _ = run(rule, Segments(sizes, dims=[2, 3, 1, 4]), params, grads)
+        deltas, _ = run(rule, Segments(sizes, shapes=[(2, 2), (1, 1, 3), (2,), (5, 1, 1, 1)]), params, grads)
         alone = {part: run(part, Segments(sizes), params, grads)[0] for part in (rule.convolutions, rule.others)}
     by = (rule.others, rule.convolutions, rule.others, rule.convolutions)
     for index, (part, found) in enumerate(zip(by, deltas.split(sizes, dim=1), strict=True)):
@@ -32,7 +32,7 @@ def test_kernels_are_served_by_one_and_the_rest_by_the_other() -> None:
 def test_copies_lie_side_by_side() -> None:
     rule = make_rule()
     param, grad = random_values((10,), 0).float(), random_values((10,), 1).float()
-    once, twice = Segments([3, 2], dims=[3, 2]), Segments([3, 2], copies=2, dims=[3, 2])
+    once, twice = Segments([3, 2], shapes=[(3, 1, 1), (2, 1)]), Segments([3, 2], copies=2, shapes=[(3, 1, 1), (2, 1)])
     with torch.no_grad():
         both, _ = rule.update(param, grad, rule.init_state(twice), twice)
         for half in (slice(0, 5), slice(5, 10)):
@@ -43,7 +43,7 @@ def test_copies_lie_side_by_side() -> None:
 def test_copies_may_have_weights_of_their_own() -> None:
     one, two = make_rule(), SeparateLSTMRule(SeparateLSTMConfig(hidden_size=3))
     param, grad = random_values((10,), 0).float(), random_values((10,), 1).float()
-    single, both = Segments([3, 2], dims=[3, 2]), Segments([3, 2], copies=2, dims=[3, 2])
+    single, both = Segments([3, 2], shapes=[(3, 1, 1), (2, 1)]), Segments([3, 2], copies=2, shapes=[(3, 1, 1), (2, 1)])
     with torch.no_grad():
         per_copy = PerCopy(one, torch.stack([flat_weights(one), flat_weights(two)]))
         deltas, _ = per_copy.update(param, grad, one.init_state(both), both)
