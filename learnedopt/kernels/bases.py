@@ -101,12 +101,14 @@ def _follow(rule: EigenbasisRule, grad: Tensor, state: State, tensors: Tensors, 
     for name, value in after.items():
         matrices[name].copy_(_unless(skip, value, matrices[name]))
     if turns:
-        spec = rule.state_spec()
-        for name, stored in state_layout(rule, tensors.dtype, tensors.state_dtype).items():
-            if stored.scope == "coordinate":
-                values = state[name].view(*stored.shape, *grad.shape)
-                is_direction = name in spec and spec[name].is_direction
-                values.copy_(_unless(skip, turns.carry(values, is_direction), values))
+        layout = state_layout(rule, tensors.dtype, tensors.state_dtype)
+        coordinates = {
+            name: state[name].view(*spec.shape, *grad.shape)
+            for name, spec in layout.items()
+            if spec.scope == "coordinate"
+        }
+        for name, value in rule.carried(coordinates, turns).items():
+            coordinates[name].copy_(_unless(skip, value, coordinates[name]))
     return Bases(matrices)
 
 

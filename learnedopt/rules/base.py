@@ -32,9 +32,10 @@ class StateSpec:
     accumulates: bool = False
     """Whether each step adds to the entry, as to the cells of an LSTM, instead of making it anew. Where it is kept in
     few bits, its rounding errors add up, and it is given more of them."""
-    is_direction: bool = False
-    """Whether the entry is a direction in the space of the parameters, such as a momentum, and turns with the basis in
-    which it is written."""
+    turns_as: Literal["column", "direction", "square"] = "column"
+    """What becomes of the entry when the basis turns in which its tensor is written. ``"direction"``: it is one in the
+    space of the parameters, such as a momentum, and is written in the new basis. ``"square"``: it is a mean of squares,
+    and new coordinates have those of their parts. ``"column"``: it stays with the column of its coordinate."""
 
 
 class Segments:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.rules.base import Segments, State, StateSpec, UpdateRule
+from learnedopt.rules.moments import momentum_bound
 from learnedopt.rules.schedule_free_lstm import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule
 
 Side = Literal["left", "right"]
@@ -53,12 +54,16 @@ class EigenbasisRule(UpdateRule):
 
     where the columns of :math:`Q_L` and :math:`Q_R` tend to the eigenvectors of :math:`L` and :math:`R`: in each of the
     first ``settling`` steps, and in every ``interval``-th from then on, :math:`Q \leftarrow \mathrm{qr}(L Q)`, columns
-    in the order of :math:`\mathrm{diag}(Q^\top L Q)`, and twice so in the first. What is a direction in the state of the rule, such as its
-    momentum, turns with them; what else a coordinate has goes with its column. Directions along which gradients differ
-    in size so become coordinates of their own, whose steps the rule can scale one by one. Vectors and scalars are
-    optimized as they are, and so is a side of a matrix that is longer than ``max_side``.
+    in the order of :math:`\mathrm{diag}(Q^\top L Q)`; in the first step twice. The state of the rule turns with them,
+    by :math:`T = Q_\mathrm{new}^\top Q_\mathrm{old}`: directions such as the momentum :math:`m` by :math:`T`, second
+    moments :math:`v` by :math:`T \odot T`, units of an LSTM stay with their column; and :math:`|m|` is kept to at most
+    :math:`\sqrt v` times what it can be where nothing turns (:func:`~learnedopt.rules.moments.momentum_bound`).
+    Directions along which gradients differ in size so become coordinates of their own, whose steps the rule can scale
+    one by one. Vectors and scalars are optimized as they are, and so is a side of a matrix that is longer than
+    ``max_side``.
 
-    Elements of a gradient in the bases that are below :math:`10^{-6} \|G\|`, which may be rounding errors, count as zero.
+    Elements of a gradient in the bases that are below :math:`10^{-6} \|G\|`, which may be rounding errors, count as
+    zero.
 
     What follows from the form, whatever the weights (``tests/rules/`` checks each):
 
@@ -113,7 +118,9 @@ class EigenbasisRule(UpdateRule):
         That of any coordinate in the bases. Of an element of a matrix it is the bound once it is multiplied by the root
         of how many the matrix has.
         """
-        return self.inner.update_bound()
+        # In the first steps, where corrections of the bias may let through more than the bound on the momentum itself.
+        early = math.sqrt(1.0 - self.config.square_decay) / (1.0 - self.config.momentum_decay)
+        return max(1.0, early) * self.inner.update_bound()
 
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
@@ -184,10 +191,9 @@ class EigenbasisRule(UpdateRule):
             bases.append(here)
             params[index] = here.enter(params[index].reshape(copies, *rectangle)).reshape(copies, size)
             grads[index] = above_rounding(here.enter(matrix), matrix).reshape(copies, size)
-            for name, values in coordinates.items():
-                values[index] = turns.carry(
-                    values[index].unflatten(-1, rectangle), self.state_spec()[name].is_direction
-                ).flatten(-2)
+            before = {name: values[index].unflatten(-1, rectangle) for name, values in coordinates.items()}
+            for name, value in self.carried(before, turns).items():
+                coordinates[name][index] = value.flatten(-2)
 
         def back(delta: Tensor) -> Tensor:
             changes = parts(delta)
@@ -231,6 +237,20 @@ class EigenbasisRule(UpdateRule):
             after[f"{side}_factor"], after[f"{side}_basis"] = factor, basis
         return after, turns
 
+    def carried(self, state: State, turns: Turns) -> State:
+        """The coordinate-scope state of a matrix, ``(..., m, n)``, in bases that have turned."""
+        if not turns:
+            return state
+        spec = self.state_spec()
+        # How an entry is kept in few bits is not of the rule, and stays with its column.
+        after = {name: turns.carry(x, spec[name].turns_as if name in spec else "column") for name, x in state.items()}
+        bound = momentum_bound(self.config.momentum_decay, self.config.square_decay)
+        if math.isfinite(bound):
+            # The two turn differently, so that momentum may come to where there is little of second moments.
+            most = bound * after["square"].sqrt()
+            after["momentum"] = after["momentum"].clamp(-most, most)
+        return after
+
 
 class Bases:
     """The bases of one matrix, or of several of one shape; ``(..., m, m)`` and ``(..., n, n)``, or one of them."""
@@ -268,11 +288,12 @@ class Turns:
     def add(self, side: Side, turn: Tensor, order: Tensor) -> None:
         self._sides.append((side, turn, order))
 
-    def carry(self, x: Tensor, is_direction: bool) -> Tensor:
+    def carry(self, x: Tensor, turns_as: Literal["column", "direction", "square"]) -> Tensor:
         """State ``(*spec, ..., m, n)`` of the old coordinates in the new ones."""
         for side, turn, order in self._sides:
-            if is_direction:
-                x = turn @ x if side == "left" else x @ turn.mT
+            if turns_as != "column":
+                by = turn if turns_as == "direction" else turn.square()
+                x = by @ x if side == "left" else x @ by.mT
             elif side == "left":
                 x = x.gather(-2, order.unsqueeze(-1).expand(x.shape))
             else:

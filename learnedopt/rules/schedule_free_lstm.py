@@ -150,10 +150,10 @@ class ScheduleFreeLSTMRule(UpdateRule):
     def state_spec(self) -> dict[str, StateSpec]:
         return {
             **(self.lstm.state_spec() if self.lstm is not None else {}),
-            "momentum": StateSpec(is_direction=True),
-            "square": StateSpec(),
-            "offset": StateSpec(is_direction=True),
-            "origin": StateSpec(is_direction=True),
+            "momentum": StateSpec(turns_as="direction"),
+            "square": StateSpec(turns_as="square"),
+            "offset": StateSpec(turns_as="direction"),
+            "origin": StateSpec(turns_as="direction"),
             **{name: StateSpec(scope="tensor") for name in ("step", "smallness", *_AVERAGES)},
         }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from learnedopt.meta.evolution import PerCopy, flat_weights
 from learnedopt.rules import EigenbasisConfig, EigenbasisRule, Segments, State
+from learnedopt.rules.moments import momentum_bound
 from tests.rules.support import generator, property_test, random_rule, random_values, run
 
 SHAPES = [(4, 3), (5,), (2, 3, 2), (), (1, 4)]
@@ -46,15 +47,13 @@ class NaiveMatrix:
         self.step += 1
         norm = np.linalg.norm(grad)
         unit = grad / norm if norm else grad
-        orders = []
+        before_step = list(self.bases)
         for side, square in enumerate((unit @ unit.T, unit.T @ unit)):
             self.factors[side] = self.config.factor_decay * self.factors[side] + (1 - self.config.factor_decay) * square
-            orders.append(np.arange(len(square)))
             if self.step <= self.config.settling or self.step % self.config.interval == 0:
                 factor = self.factors[side] + 1e-7 * np.trace(self.factors[side]) * np.eye(len(square))
                 for _ in range(2 if self.step == 1 else 1):
                     order = np.argsort(-np.diag(self.bases[side].T @ factor @ self.bases[side]), kind="stable")
-                    orders[side] = orders[side][order]
                     basis, triangle = np.linalg.qr(factor @ self.bases[side][:, order])
                     self.bases[side] = basis * np.where(np.diag(triangle) < 0.0, -1.0, 1.0)
         left, right = self.bases
@@ -68,11 +67,15 @@ class NaiveMatrix:
         inside = dict(self.state)
         for name in DIRECTIONS:
             inside[name] = enter(self.state[name].numpy().reshape(self.shape))
-        square = self.state["square"].numpy().reshape(self.shape)
-        inside["square"] = torch.from_numpy(square[orders[0]][:, orders[1]].reshape(-1))
+        turns = [basis.T @ before for basis, before in zip(self.bases, before_step)]
+        square = turns[0] ** 2 @ self.state["square"].numpy().reshape(self.shape) @ turns[1].T ** 2
+        inside["square"] = torch.from_numpy(square.reshape(-1))
+        if not np.array_equal(turns[0], np.eye(self.shape[0])):
+            most = momentum_bound(self.config.momentum_decay, self.config.square_decay) * inside["square"].sqrt()
+            inside["momentum"] = inside["momentum"].clamp(-most, most)
+        slope = enter(grad)
+        slope[slope.abs() <= 1e-6 * norm] = 0.0
         with torch.no_grad():
-            slope = enter(grad)
-            slope[slope.abs() <= 1e-6 * norm] = 0.0
             delta, self.state = self.rule.inner.update(enter(param), slope, inside, self.segments)
         for name in DIRECTIONS:
             self.state[name] = torch.from_numpy(leave(self.state[name]).reshape(-1))
@@ -243,7 +246,8 @@ def test_extreme_gradients_are_not_errors(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("factor_decay", 1.0), ("factor_decay", -0.1), ("settling", 0), ("interval", 0), ("max_side", -1)]
+    ("name", "value"),
+    [("factor_decay", 1.0), ("factor_decay", -0.1), ("settling", 0), ("interval", 0), ("max_side", -1)],
 )
 def test_settings_out_of_range_are_errors(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
