@@ -247,7 +247,8 @@ class EigenbasisRule(UpdateRule):
         bound = momentum_bound(self.config.momentum_decay, self.config.square_decay)
         if math.isfinite(bound):
             # The two turn differently, so that momentum may come to where there is little of second moments.
-            most = bound * after["square"].sqrt()
+            # The square root of zero has no derivative.
+            most = bound * after["square"].clamp(min=torch.finfo(after["square"].dtype).tiny).sqrt()
             after["momentum"] = after["momentum"].clamp(-most, most)
         return after
 
