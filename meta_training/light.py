@@ -1,4 +1,4 @@
-"""A lighter default: Schedule-Free Adam, each coordinate by itself, its step sizes and its averaging modulated by learned power laws.
+"""A lighter default: Schedule-Free Adam, its step sizes and its averaging modulated by learned power laws.
 
 To make it: ``learnedopt meta-train light --out runs/light --export zoo``
 """

@@ -37,7 +37,7 @@ class EigenbasisConfig(ScheduleFreeLSTMConfig):
     """For how many steps at the beginning bases follow every step."""
     interval: int = 10
     """Every how many steps they do later."""
-    max_side: int = 1024
+    max_side: int = 512
     """A side of a matrix that is longer than this has no basis of its own."""
 
 
