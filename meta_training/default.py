@@ -74,9 +74,9 @@ RECIPE = Recipe(
     rule=EigenbasisConfig(num_layers=0, nominal_step=0.02),
     training=SearchConfig(
         updates=1,
-        # The start is that of `light`, but for a step size which is larger by a tenth: what the bases add changes little
-        # else, as trials on other tasks of these families and on the tasks for selection showed. One generation close
-        # around it: longer searches were faster on their own tasks and slower on those for selection.
+        # The start is that of `light`, with a step size larger by a tenth: the bases change little else, as trials on
+        # other tasks of these families and on the tasks for selection showed. One generation close around it: longer
+        # searches were faster on their own tasks and slower on those for selection.
         coordinates=(
             ("inner.readout.bias[0]", 0.72, 0.03),  # log step size
             ("inner.readout.weight[0,9]", -0.467, 0.05),  # ... with time

@@ -514,7 +514,7 @@ def _init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype
         shapes = _state_shapes(rule, layout, param)
         dtypes = {**dict.fromkeys(matrices, dtype), **{name: spec.dtype for name, spec in layout.items()}}
         whole_state = {name: torch.zeros(shapes[name], dtype=dtypes[name], device=param.device) for name in dtypes}
-        return {**whole_state, AGE: torch.zeros((), dtype=torch.int64)}
+        return {**whole_state, AGE: torch.zeros((), dtype=dtype)}
     return {
         name: zeros_beside(param, spec.shape, spec.dtype)
         if spec.scope == "coordinate"
@@ -533,7 +533,7 @@ def _load_state(
     placed: State = {}
     for name, values in saved.items():
         if name == AGE:
-            placed[name] = whole(values).to("cpu", copy=True)
+            placed[name] = whole(values).to("cpu", dtype, copy=True)
         elif name in layout and layout[name].scope == "coordinate" and not matrices:
             placed[name] = copy_beside(param, values, layout[name].dtype)
         else:

@@ -17,11 +17,10 @@ from learnedopt.rules.schedule_free_lstm import ScheduleFreeLSTMConfig, Schedule
 
 Side = Literal["left", "right"]
 
+_FIRST = 4
+"""Iterations in the first step: as many as find the direction of a gradient of rank one to within what follows."""
 _ROUNDING = 1e-6
 """Relative to the norm of a gradient, what may be left of nothing when it is taken to bases, in float32."""
-_SHIFT = 1e-7
-"""Of the factors' trace: what is added to their diagonals for the iteration, so that columns of what they take to zero
-stay where they are. A gradient is of low rank, and so are factors at the beginning."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,10 @@ class EigenbasisConfig(ScheduleFreeLSTMConfig):
     """For how many steps at the beginning bases follow every step."""
     interval: int = 10
     """Every how many steps they do later."""
+    shift: float = 0.01
+    r"""What is added to the diagonals of the factors for the iteration, :math:`\epsilon_L`, relative to their trace.
+    What a factor takes to nearly nothing, as that of a gradient of low rank does, so stays where it is, instead of
+    following rounding errors."""
     max_side: int = 512
     """A side of a matrix that is longer than this has no basis of its own."""
 
@@ -53,8 +56,9 @@ class EigenbasisRule(UpdateRule):
         \Delta\Theta &= Q_L\, \mathrm{rule}(Q_L^\top \Theta Q_R,\; Q_L^\top G Q_R)\, Q_R^\top
 
     where the columns of :math:`Q_L` and :math:`Q_R` tend to the eigenvectors of :math:`L` and :math:`R`: in each of the
-    first ``settling`` steps, and in every ``interval``-th from then on, :math:`Q \leftarrow \mathrm{qr}(L Q)`, columns
-    in the order of :math:`\mathrm{diag}(Q^\top L Q)`; in the first step twice. The state of the rule turns with them,
+    first ``settling`` steps, and in every ``interval``-th from then on, :math:`Q \leftarrow \mathrm{qr}((L + \epsilon_L
+    \operatorname{tr}(L)\, I)\, Q)`, columns in the order of :math:`\mathrm{diag}(Q^\top L Q)`; in the first step, where
+    :math:`Q = I` before, four times. The state of the rule turns with them,
     by :math:`T = Q_\mathrm{new}^\top Q_\mathrm{old}`: directions such as the momentum :math:`m` by :math:`T`, second
     moments :math:`v` by :math:`T \odot T`, units of an LSTM stay with their column; and :math:`|m|` is kept to at most
     :math:`\sqrt v` times what it can be where nothing turns (:func:`~learnedopt.rules.moments.momentum_bound`).
@@ -73,7 +77,8 @@ class EigenbasisRule(UpdateRule):
     * Permuting the rows or the columns of a matrix permutes its updates, up to rounding.
     * In the bases every coordinate's update is bounded (:meth:`update_bound`); they keep its norm.
 
-    The statistics that the rule takes of a tensor, norms and inner products, are the same in any basis.
+    The statistics that the rule takes of a tensor, norms and inner products, are the same in any basis. To
+    meta-gradients bases are constants, second-order ones included.
 
     Shapes: those of :class:`~learnedopt.rules.ScheduleFreeLSTMRule`; and for a matrix ``(m, n)``, ``left_factor`` and
     ``left_basis`` are ``(m, m)``, ``right_factor`` and ``right_basis`` ``(n, n)``. Each update costs eight products of
@@ -99,6 +104,8 @@ class EigenbasisRule(UpdateRule):
         super().__init__(config or EigenbasisConfig())
         if not 0.0 <= self.config.factor_decay < 1.0:
             raise ValueError(f"factor_decay must be in [0, 1), got {self.config.factor_decay}")
+        if not 0.0 <= self.config.shift < math.inf:
+            raise ValueError(f"shift must be finite and not negative, got {self.config.shift}")
         for name, least in (("settling", 1), ("interval", 1), ("max_side", 0)):
             if getattr(self.config, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self.config, name)}")
@@ -230,9 +237,8 @@ class EigenbasisRule(UpdateRule):
             if step == 1:  # before which it is zero
                 basis = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device).expand_as(basis)
             if self.is_due(step):
-                # From any basis, a single gradient of rank one is found after two iterations.
-                for _ in range(2 if step == 1 else 1):
-                    before, (basis, order) = basis, _next_basis(factor, basis)
+                for _ in range(_FIRST if step == 1 else 1):
+                    before, (basis, order) = basis, _next_basis(factor, basis, self.config.shift)
                     turns.add(side, basis.mT @ before, order)
             after[f"{side}_factor"], after[f"{side}_basis"] = factor, basis
         return after, turns
@@ -320,12 +326,12 @@ def above_rounding(turned: Tensor, grad: Tensor) -> Tensor:
     return torch.where(turned.abs() <= least, 0.0, turned)
 
 
-def _next_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def _next_basis(factor: Tensor, basis: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """One step of subspace iteration, and the order in which it took the columns."""
     order = (basis * (factor @ basis)).sum(-2).argsort(dim=-1, descending=True, stable=True)
     sorted_ = basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
     trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    basis, triangle = torch.linalg.qr(factor @ sorted_ + _SHIFT * trace * sorted_)
+    basis, triangle = torch.linalg.qr(factor @ sorted_ + shift * trace * sorted_)
     # Either sign would do. So a column goes on where it pointed to, and the first points along a row or column.
     sign = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0.0, -1.0, 1.0).to(basis.dtype)
     return basis * sign.unsqueeze(-2), order

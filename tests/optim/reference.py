@@ -10,9 +10,12 @@ import torch
 from torch import Generator, Tensor
 
 from learnedopt import LearnedOptimizer, LSTMOptimizer, MetaLSTMOptimizer
+from learnedopt.kernels import AGE
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
+    EigenbasisConfig,
+    EigenbasisRule,
     LSTMConfig,
     LSTMRule,
     MetaLSTMConfig,
@@ -107,6 +110,10 @@ CASES = {
     ),
     "rnnprop": Case(LearnedOptimizer, lambda: trained(RNNpropRule(RNNpropConfig(hidden_size=4)))),
     "separate-lstm": Case(LearnedOptimizer, lambda: trained(SeparateLSTMRule(SeparateLSTMConfig(hidden_size=4)))),
+    "eigenbasis": Case(
+        LearnedOptimizer,
+        lambda: trained(EigenbasisRule(EigenbasisConfig(hidden_size=4, settling=2, interval=2)), scale=0.1),
+    ),
     "trace": Case(LearnedOptimizer, TraceRule),
 }
 
@@ -144,6 +151,11 @@ def snapshot(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     states = [optimizer.state[param] for param in params if param in optimizer.state]
     state = [values for entries in states for _, values in sorted(entries.items())]
     return [tensor.detach().clone() for tensor in params + state]
+
+
+def devices_of_state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> set[str]:
+    """But for the age of bases, which the host keeps."""
+    return {value.device.type for param in params for name, value in optimizer.state[param].items() if name != AGE}
 
 
 def same_bits(left: list[Tensor], right: list[Tensor]) -> bool:

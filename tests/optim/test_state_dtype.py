@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import BackendName, read_state, state_layout
+from learnedopt.kernels import AGE, BackendName, read_state, state_layout
 from tests.optim.reference import CASES, LAYOUTS, Case, draw_grads, draw_params, same_bits, snapshot
 from tests.optim.test_state_dict import go_on, through_a_file
 
@@ -44,9 +44,13 @@ def test_state_is_kept_as_asked(case: Case, state_dtype: torch.dtype) -> None:
     layout = state_layout(case.rule(), torch.float32, group["state_dtype"])
     assert state_dtype in {spec.dtype for spec in layout.values()}
     for param in group["params"]:
+        matrices = case.rule().matrices(param.shape)
         assert {name: (value.dtype, value.shape) for name, value in optimizer.state[param].items()} == {
-            name: (spec.dtype, spec.shape + (param.shape if spec.scope == "coordinate" else ()))
-            for name, spec in layout.items()
+            **{
+                name: (spec.dtype, spec.shape + (param.shape if spec.scope == "coordinate" else ()))
+                for name, spec in layout.items()
+            },
+            **{name: (torch.float32, shape) for name, shape in {**matrices, **({AGE: ()} if matrices else {})}.items()},
         }
 
 
@@ -88,8 +92,8 @@ def test_loading_converts_to_what_this_optimizer_was_asked_for(
         read = [
             read_state(
                 {
-                    name: value.reshape(*layout[name].shape, -1)  # flat, as a rule takes it
-                    for name, value in state.items()
+                    name: state[name].reshape(*spec.shape, -1)  # flat, as a rule takes it
+                    for name, spec in layout.items()
                 },
                 spec,
                 torch.float32,

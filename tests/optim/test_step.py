@@ -21,6 +21,7 @@ from tests.optim.reference import (
     Case,
     ReferenceLoop,
     TraceRule,
+    devices_of_state,
     draw_grads,
     draw_params,
     same_bits,
@@ -502,4 +503,4 @@ def test_nothing_waits_for_the_device(case: Case, nonfinite: str, monkeypatch: p
         for param in params:
             param.grad = torch.empty_like(param)
         optimizer.step(loss=torch.empty((), device="meta"))
-    assert {entry.device.type for param in params for entry in optimizer.state[param].values()} == {"meta"}
+    assert devices_of_state(optimizer, params) == {"meta"}

@@ -51,8 +51,8 @@ class NaiveMatrix:
         for side, square in enumerate((unit @ unit.T, unit.T @ unit)):
             self.factors[side] = self.config.factor_decay * self.factors[side] + (1 - self.config.factor_decay) * square
             if self.step <= self.config.settling or self.step % self.config.interval == 0:
-                factor = self.factors[side] + 1e-7 * np.trace(self.factors[side]) * np.eye(len(square))
-                for _ in range(2 if self.step == 1 else 1):
+                factor = self.factors[side] + self.config.shift * np.trace(self.factors[side]) * np.eye(len(square))
+                for _ in range(4 if self.step == 1 else 1):
                     order = np.argsort(-np.diag(self.bases[side].T @ factor @ self.bases[side]), kind="stable")
                     basis, triangle = np.linalg.qr(factor @ self.bases[side][:, order])
                     self.bases[side] = basis * np.where(np.diag(triangle) < 0.0, -1.0, 1.0)
@@ -247,7 +247,14 @@ def test_extreme_gradients_are_not_errors(value: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("factor_decay", 1.0), ("factor_decay", -0.1), ("settling", 0), ("interval", 0), ("max_side", -1)],
+    [
+        ("factor_decay", 1.0),
+        ("factor_decay", -0.1),
+        ("shift", -0.1),
+        ("settling", 0),
+        ("interval", 0),
+        ("max_side", -1),
+    ],
 )
 def test_settings_out_of_range_are_errors(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
