@@ -1,4 +1,4 @@
-"""Three training scripts that nobody wrote for this package, with their AdamW and with the default rule.
+"""Three training scripts that nobody wrote for this package, with their AdamW, with the default rule and with `light`.
 
 The scripts are not part of this repository: ``--scripts`` is a folder with a checkout of each, at the commit in
 `SCRIPTS`; ``--data`` a folder with CIFAR-10 as images (``train/CLASS/*.jpg``, ``test/CLASS/*.jpg``) and
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 Result = dict[str, Any]
-LEARNED = "LearnedOptimizer"
+LEARNED, LIGHT = "LearnedOptimizer", "LearnedOptimizer, rule='light'"
 RESNET_IMAGES = (160, 50)
 """Of each class, to train and to validate: 25 steps of 64 in an epoch."""
 
@@ -80,7 +80,7 @@ def main() -> None:
     rows = ((seed, name) for seed in range(3) for name in options.only if seed in SCRIPTS[name].seeds)
     for seed, name in rows:
         script = SCRIPTS[name]
-        for optimizer in [*script.optimizers, LEARNED]:
+        for optimizer in [*script.optimizers, LIGHT, LEARNED]:
             if (name, optimizer, seed) in done or optimizer not in (options.optimizers or [optimizer]):
                 continue
             print(name, optimizer, seed, flush=True)
@@ -97,9 +97,10 @@ def run_script(script: Script, optimizer: str, seed: int, scripts: Path, data: P
         work, source = Path(temporary, "work"), Path(temporary, "source")
         work.mkdir()
         shutil.copytree(scripts / script.folder, source, ignore=shutil.ignore_patterns(".git", "output"))
-        opt, lr = next(iter(script.optimizers.values())) if optimizer == LEARNED else script.optimizers[optimizer]
-        if optimizer == LEARNED:
-            change_optimizer(source / script.changed_file, script.marker, script.replacement)
+        opt, lr = script.optimizers.get(optimizer, next(iter(script.optimizers.values())))
+        if optimizer in (LEARNED, LIGHT):
+            call = script.replacement if optimizer == LEARNED else f"{script.replacement[:-1]}, rule='light')"
+            change_optimizer(source / script.changed_file, script.marker, call)
         script.prepare(data, work, opt, lr, seed)
         arguments = script.arguments.format(opt=opt, lr=lr, seed=seed, work=work, data=data).split()
         record = Path(temporary, "record.json")
@@ -170,7 +171,7 @@ def print_tables(runs: list[Result]) -> None:
         columns = [*script.columns, ("step_ms", "ms per step"), ("optimizer_ms", "of which optimizer")]
         print(f"\n{name}\n\n| | {' | '.join(heading for _, heading in columns)} | seeds |")
         print("|---" + "|--:" * (len(columns) + 1) + "|")
-        for optimizer in [*script.optimizers, LEARNED]:
+        for optimizer in [*script.optimizers, LIGHT, LEARNED]:
             mine = [run for run in runs if run["script"] == name and run["optimizer"] == optimizer]
             if mine:
                 values = [[run[key] for run in mine if key in run] for key, _ in columns]

@@ -79,7 +79,8 @@ class LearnedOptimizer(Optimizer):
 
     Parameters may be sharded or replicated over processes as DTensors, by FSDP2 (``fully_shard``) or tensor
     parallelism: state is sharded with them, and what a rule asks about a whole tensor is summed over its shards, so
-    results are those of one process up to rounding. FSDP1 hides how its flat parameters are cut and is not supported
+    results are those of one process up to rounding. Those that the rule has bases for are gathered, and every process
+    has all of their state. FSDP1 hides how its flat parameters are cut and is not supported
     for rules that look at whole tensors.
 
     ``step`` is not differentiable. To train a rule, or to learn through its updates, call the rule
@@ -112,7 +113,8 @@ class LearnedOptimizer(Optimizer):
     State per parameter, on its device: ``(*spec.shape, *param.shape)`` for each coordinate-scope entry of the rule's
     :meth:`~learnedopt.rules.UpdateRule.state_spec`, ``spec.shape`` for each tensor-scope one. With ``torch.int8`` there
     are, beside each vector, a scale ``(*spec.shape[:-1], *param.shape)`` and, if it accumulates, the lower bits of its
-    units, ``(*spec.shape[:-1], ceil(spec.shape[-1] / 4), *param.shape)``.
+    units, ``(*spec.shape[:-1], ceil(spec.shape[-1] / 4), *param.shape)``. Where the rule has bases for a tensor, there
+    are its :meth:`~learnedopt.rules.UpdateRule.matrices` and ``age``, on the host: how many steps they have seen.
 
     >>> from learnedopt.rules import AdamLSTMRule
     >>> weights = torch.nn.Parameter(torch.tensor([1.0, -1.0]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-from learnedopt.rules import SeparateLSTMRule, UpdateRule
+from learnedopt.rules import EigenbasisRule, SeparateLSTMRule, UpdateRule
 
 Tensors = list[list[float]]
 
@@ -245,12 +245,20 @@ class RNNpropReference(AdamLSTMReference):
         return float(-config.output_scale * math.tanh(self.readout("readout", 0, h)))
 
 
+class EigenbasisReference(ScheduleFreeLSTMReference):
+    """Of vectors, which have no bases. ``tests/rules/test_eigenbasis.py`` has the loop for matrices."""
+
+    def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
+        assert isinstance(rule, EigenbasisRule)
+        super().__init__(rule.inner, sizes)
+
+
 REFERENCES: dict[str, type[Reference]] = {
     "lstm": LSTMReference,
     "meta_lstm": MetaLSTMReference,
     "adam_lstm": AdamLSTMReference,
     "schedule_free_lstm": ScheduleFreeLSTMReference,
-    "eigenbasis": lambda rule, sizes: ScheduleFreeLSTMReference(rule.inner, sizes),  # vectors have no bases
+    "eigenbasis": EigenbasisReference,
     "rnnprop": RNNpropReference,
     "separate_lstm": SeparateLSTMReference,
 }
