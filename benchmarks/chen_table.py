@@ -1,9 +1,9 @@
 """The table of Chen et al. 2020: the loss after ten thousand steps on five problems, for rules of this package.
 
     learnedopt benchmark run --tasks chen-mlp chen-relu chen-two-layers --untuned --horizon 10000 --reporting-seeds 2 \\
-        --optimizers default rnnprop mnist-mlp adam-lstm adam mnist-mlp-curriculum --root DIR --out chen.jsonl
+        --optimizers default light rnnprop mnist-mlp adam-lstm adam mnist-mlp-curriculum --root DIR --out chen.jsonl
     learnedopt benchmark run --tasks chen-conv-mnist chen-conv-cifar10 --untuned --horizon 10000 --reporting-seeds 1 \\
-        --optimizers default rnnprop --root DIR --out chen-conv.jsonl
+        --optimizers light rnnprop --root DIR --out chen-conv.jsonl
     python benchmarks/chen_table.py benchmarks/results/chen*.jsonl
 
 writes ``benchmarks/results/chen.md``. Their figures are read off the curves of *Training Stronger Baselines for
