@@ -15,7 +15,7 @@ from learnedopt.kernels import blocks
 from learnedopt.kernels.base import Backend, Tensors
 from learnedopt.kernels.dispatch import step
 from learnedopt.kernels.state import state_layout
-from learnedopt.rules import EigenbasisRule, State
+from learnedopt.rules import EigenbasisRule, State, UpdateRule
 from learnedopt.rules.eigenbasis import Bases, above_rounding, as_matrix
 
 AGE = "age"
@@ -26,7 +26,7 @@ AT_ONCE = 1 << 22
 @torch.compiler.disable(reason="the host decides at which steps bases follow")
 def step_in_bases(
     backend: Backend,
-    rule: EigenbasisRule,
+    rule: UpdateRule,
     tensors: Tensors,
     *,
     lr: float | Tensor,
@@ -42,8 +42,14 @@ def step_in_bases(
         backend: One that serves ``rule.inner``.
 
     Raises:
+        TypeError: the rule has matrices, and is no :class:`~learnedopt.rules.EigenbasisRule`.
         RuntimeError: a CUDA graph is being captured. Nothing has changed.
     """
+    if not isinstance(rule, EigenbasisRule):
+        raise TypeError(
+            f"{type(rule).__name__} has matrices of its own, and optimizers know only how those of EigenbasisRule follow "
+            "gradients: derive the rule from that one, or call rule.update"
+        )
     if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a step of this rule cannot be part of a CUDA graph: it turns bases at steps that the host decides on. "

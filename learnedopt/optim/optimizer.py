@@ -46,7 +46,7 @@ from learnedopt.optim.sharding import (
     whole,
     zeros_beside,
 )
-from learnedopt.rules import EigenbasisRule, State, UpdateRule
+from learnedopt.rules import State, UpdateRule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -493,7 +493,7 @@ class LearnedOptimizer(Optimizer):
             )
             served = rule.rule_for(params[0].dim())
             backend = self._agree(Case(served, device, dtype, group["state_dtype"]), _mesh(layout))
-            take = step_in_bases if isinstance(rule, EigenbasisRule) and has_bases else step
+            take = step_in_bases if has_bases else step
             with _without_autocast(device):
                 take(
                     backend,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import AGE, bases
-from learnedopt.rules import EigenbasisConfig, EigenbasisRule
+from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule
 from tests.optim.reference import draw_grads, same_bits, snapshot, trained
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -75,3 +77,16 @@ def test_it_cannot_be_captured_and_says_so() -> None:
     with pytest.raises(RuntimeError, match="cannot be part of a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
     assert same_bits(snapshot(optimizer), before)
+
+
+def test_matrices_of_other_rules_are_refused() -> None:
+    class Mine(LSTMRule):
+        def matrices(self, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
+            return {"mine": (2, 2)} if len(shape) == 2 else {}
+
+    param = torch.ones(2, 2, requires_grad=True)
+    param.grad = torch.ones(2, 2)
+    optimizer = LearnedOptimizer([param], Mine())
+    with pytest.raises(TypeError, match="Mine has matrices of its own"):
+        optimizer.step()
+    assert (param == 1.0).all()
