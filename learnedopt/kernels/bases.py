@@ -47,8 +47,8 @@ def step_in_bases(
     """
     if not isinstance(rule, EigenbasisRule):
         raise TypeError(
-            f"{type(rule).__name__} has matrices of its own, and optimizers know only how those of EigenbasisRule follow "
-            "gradients: derive the rule from that one, or call rule.update"
+            f"{type(rule).__name__} has matrices of its own, and optimizers know only how those of EigenbasisRule "
+            "follow gradients: derive the rule from that one, or call rule.update"
         )
     if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
