@@ -103,6 +103,11 @@ def _follow(rule: EigenbasisRule, grad: Tensor, state: State, tensors: Tensors, 
     """Let the matrices follow a gradient ``(m, n)``, in place, and what else the state has turn with them."""
     matrices = {name: state[name] for name in rule.matrices(grad.shape)}
     state[AGE] += 1
+    if skip is not None:
+        # The host does not know of a first step that was skipped, which has left no basis.
+        for name in matrices.keys() & {"left_basis", "right_basis"}:
+            basis = matrices[name]
+            basis.copy_(torch.where(basis.any(), basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device)))
     after, turns = rule.followed(grad, matrices, int(state[AGE]))
     for name, value in after.items():
         matrices[name].copy_(_unless(skip, value, matrices[name]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import AGE, bases
+from learnedopt.kernels import AGE, Tensors, bases
 from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule
 from tests.optim.reference import draw_grads, same_bits, snapshot, trained
 
@@ -62,6 +62,21 @@ def test_weight_decay_reaches_rows_that_updates_do_not() -> None:
     optimizer = LearnedOptimizer([param], make_rule(), lr=1e-2, weight_decay=1e-2)
     optimizer.step()
     assert (param[1] == 1.0 - 1e-4).all()
+
+
+def test_a_first_step_that_is_skipped_on_the_device_leaves_bases_to_begin_with() -> None:
+    """On the CPU the host knows and takes no step at all."""
+    optimizer = run(0)
+    param = optimizer.param_groups[0]["params"][0]
+    param.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+    optimizer.step()
+    state = optimizer.state[param]
+    for values in state.values():
+        values.zero_()
+    tensors = Tensors([param], [param.grad], [state], torch.float32, "float32", [30])
+    bases._follow(make_rule(), param.grad, state, tensors, torch.tensor(True))
+    assert not state["left_factor"].any()
+    assert same_bits([state["left_basis"], state["right_basis"]], [torch.eye(6), torch.eye(5)])
 
 
 @needs_cuda
