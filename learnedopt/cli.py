@@ -25,6 +25,7 @@ from learnedopt.evaluation.tasks import TASK_SETS
 from learnedopt.fewshot import demo as fewshot_demo
 from learnedopt.fewshot.demo import FewShotDemo
 from learnedopt.meta import MetaTrainingError, MetaTrainingRun, launched, load_recipe, overridden
+from learnedopt.rules import UpdateRule
 
 _BROKEN_PIPE = 128 + 13  # the number of SIGPIPE, which Windows does not know
 
@@ -208,13 +209,19 @@ def _zoo_show(arguments: argparse.Namespace) -> int:
         "sha256": entry.sha256,
         "rule": _settings(entry.config.to_dict()),
         "meta-parameters": sum(weight.numel() for weight in rule.parameters()),
-        "state": f"{rule.state_bytes_per_parameter()} bytes per parameter in float32",
+        "state": _state(rule),
         "meta-training": _settings(entry.meta_training),
     }
     for name, value in facts.items():
         print(f"{name + ':':<17}{value}")
     print(f"\n{entry.card.rstrip()}")
     return 0
+
+
+def _state(rule: UpdateRule) -> str:
+    said, side = f"{rule.state_bytes_per_parameter()} bytes per parameter in float32", 128
+    matrices = sum(rows * columns for rows, columns in rule.matrices((side, side)).values())
+    return f"{said}, and {4 * matrices // side**2} more in matrices that are square" if matrices else said
 
 
 def _zoo_train(arguments: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ def family(root: Path | None) -> TaskFamily:
 
 RECIPE = Recipe(
     name="adam-lstm",
-    description="LSTM that modulates Adam's directions; the default before the present one",
+    description="LSTM that modulates Adam's directions; the first default",
     tasks=(
         "digits MLPs, regression, digits autoencoders, badly scaled logistic regression, character RNNs, character "
         "attention nets, matrix factorisation, small convolutional nets; random loss scale and per-tensor scale"

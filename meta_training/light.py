@@ -66,7 +66,7 @@ def family(root: Path | None) -> TaskFamily:
 
 RECIPE = Recipe(
     name="light",
-    description="Schedule-Free Adam with learned step sizes and averaging; for any network, no tuning",
+    description="Schedule-Free Adam with learned step sizes and averaging: the default without bases, cheaper per step",
     tasks=(
         "MLPs of one to twelve layers on digits and drawn characters, small convolutional nets, character RNNs and "
         "attention nets, autoencoders, regression, badly scaled logistic regression, matrix factorisation"
