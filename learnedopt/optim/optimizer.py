@@ -80,8 +80,8 @@ class LearnedOptimizer(Optimizer):
     Parameters may be sharded or replicated over processes as DTensors, by FSDP2 (``fully_shard``) or tensor
     parallelism: state is sharded with them, and what a rule asks about a whole tensor is summed over its shards, so
     results are those of one process up to rounding. Those that the rule has bases for are gathered, and every process
-    has all of their state. FSDP1 hides how its flat parameters are cut and is not supported
-    for rules that look at whole tensors.
+    has all of their state. FSDP1 hides how its flat parameters are cut and is not supported for rules that look at
+    whole tensors.
 
     ``step`` is not differentiable. To train a rule, or to learn through its updates, call the rule
     (:meth:`~learnedopt.rules.UpdateRule.update`), which is a pure function with gradients of every order.
