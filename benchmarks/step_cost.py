@@ -358,7 +358,7 @@ def end_to_end(rounds: int, device: torch.device, quick: bool) -> dict[str, Any]
                 name_and_backend = f"{optimizer_name.split(',')[0]}, {optimizer.backend}"
             steps[name_and_backend] = optimizer.step
             if optimizer_name == "default":
-                # Its bases follow in the first ten steps and in every tenth: ten steps at a time, once the ten are over.
+                # Its bases follow in the first ten steps and in every tenth: ten at a time, once the first are over.
                 several(optimizer.step)
                 steps[name_and_backend] = partial(several, optimizer.step)
         times = round_robin({"forward and backward": gradients, **steps}, rounds, device)
