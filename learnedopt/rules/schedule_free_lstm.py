@@ -1,4 +1,4 @@
-"""The default rule: an LSTM that modulates Schedule-Free Adam."""
+"""Schedule-Free Adam, modulated by an LSTM or by power laws alone: what the default rule runs in its bases."""
 
 from __future__ import annotations
 
