@@ -96,6 +96,13 @@ OMNIGLOT = (
     Row("meta-LSTM", _each("omniglot-meta-lstm"), above=_BASELINES, changes={"normalization": "support"}),
     Row("meta-LSTM, transductive", _each("omniglot-meta-lstm"), above=_BASELINES),
     Row(
+        "meta-LSTM of the read-out, pretrained",
+        _each("omniglot-meta-lstm-head"),
+        above=_BASELINES,
+        changes={"normalization": "support"},
+    ),
+    Row("meta-LSTM of the read-out, pretrained, transductive", _each("omniglot-meta-lstm-head"), above=_BASELINES),
+    Row(
         "prototypical networks",
         _PROTONET,
         ("98.8", "99.7", "96.0", "98.9"),
@@ -109,6 +116,8 @@ OMNIGLOT = (
     ),
     Row("MAML, transductive", _each("omniglot-maml"), _MAML, _MAML_AGAIN, _MAML_TARGETS),
     Row("MAML", _each("omniglot-maml"), changes={"normalization": "support"}),
+    Row("MAML, pretrained, transductive", _each("omniglot-maml-pretrained"), targets=_MAML_TARGETS),
+    Row("MAML, pretrained", _each("omniglot-maml-pretrained"), changes={"normalization": "support"}),
     Row(
         "first-order MAML, transductive",
         _each("omniglot-fomaml"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from learnedopt.fewshot.backbones import BackboneConfig
 from learnedopt.fewshot.datasets import load_classes
-from learnedopt.fewshot.entries import LearnerEntry, save_learner
+from learnedopt.fewshot.entries import LearnerEntry, learner_info, load_learner, save_learner
 from learnedopt.fewshot.episodes import EpisodeSource, FewShotTask, Sinusoid, TrainingSource
 from learnedopt.fewshot.evaluate import evaluate
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
@@ -105,6 +105,8 @@ class FewShotRecipe:
     test: EpisodeShape
     """Episodes that it is validated on, and made for."""
     training: FewShotTrainConfig
+    start: str = ""
+    """A trained learner, a name in the zoo or a folder, with whose backbone training begins; "" for random weights."""
 
 
 def load_recipes(source: str | os.PathLike[str] = "meta_training/fewshot") -> dict[str, FewShotRecipe]:
@@ -171,7 +173,9 @@ class FewShotRun:
         device: Where to train.
 
     Raises:
-        ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read.
+        ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read; or
+            the backbone that training is to begin with is another network.
+        ZooError: the learner that training is to begin with cannot be loaded.
     """
 
     def __init__(
@@ -199,9 +203,11 @@ class FewShotRun:
         self.seconds = 0.0
         self.best_score = -math.inf
         self.best_step = 0
+        self._checkpoint = self.folder / "checkpoint.pt"
+        if recipe.start and not self._checkpoint.exists():
+            self._begin_with(recipe.start)
         self.best_weights = self._weights()
         self.commit = source_commit()
-        self._checkpoint = self.folder / "checkpoint.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._checkpoint.exists():
             self._resume()
@@ -301,6 +307,7 @@ class FewShotRun:
                 "train": asdict(recipe.train),
                 "test": asdict(recipe.test),
                 "settings": asdict(recipe.training),
+                "start": recipe.start,
                 "commit": self.commit,
                 "steps": self.step,
                 "best_step": self.best_step,
@@ -316,6 +323,21 @@ class FewShotRun:
         ways = None if source.ways is None else recipe.test.ways
         shape = LearnerShape(source.example_shape, ways, source.num_classes)
         return recipe.learner.build(recipe.backbone, shape, generator).to(self._device)
+
+    def _begin_with(self, name: str) -> None:
+        """Take over a trained backbone; read-outs are for other classes."""
+        entry, prefix = learner_info(name), "model.backbone."
+        example = self.learner.shape.example_shape
+        if entry.backbone != self.recipe.backbone or entry.shape.example_shape != example:
+            raise ValueError(
+                f"{self.recipe.name} cannot begin with {name}: that has the backbone {entry.backbone} for examples of "
+                f"shape {entry.shape.example_shape}, and this {self.recipe.backbone} for {example}"
+            )
+        trained = load_learner(name).state_dict()
+        with torch.no_grad():
+            for key, value in self.learner.state_dict().items():
+                if key.startswith(prefix) and key in trained:
+                    value.copy_(trained[key])  # in every row, where there is one for each inner step
 
     def _step(self) -> float:
         config = self.recipe.training
@@ -369,6 +391,7 @@ class FewShotRun:
             "train": asdict(recipe.train),
             "test": asdict(recipe.test),
             "training": asdict(recipe.training),
+            **({"start": recipe.start} if recipe.start else {}),
         }
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found
@@ -376,7 +399,8 @@ class FewShotRun:
     def _resume(self) -> None:
         saved = read_checkpoint(self._checkpoint, ("settings", "learner", *_COUNTERS))
         ours = self._settings()
-        if different := sorted(name for name in ours if saved["settings"].get(name) != ours[name]):
+        names = ours.keys() | saved["settings"].keys()
+        if different := sorted(name for name in names if saved["settings"].get(name) != ours.get(name)):
             raise ValueError(
                 f"{self.folder} holds a run with other settings ({', '.join(different)}): continue it with the same, "
                 "or choose another folder"

@@ -47,18 +47,20 @@ def recipe(
     test: tuple[int, int],
     steps: int,
     batch: int = 1,
+    start: str = "",
     **settings: Any,
 ) -> FewShotRecipe:
     """``train`` is ways, shots and queries of each class; ``test`` ways and shots."""
     return FewShotRecipe(
         f"omniglot-{name}",
-        f"{what} for Omniglot, trained on {train[0]}-way {train[1]}-shot episodes",
+        f"{what} for Omniglot, trained on {train[0]}-way {train[1]}-shot episodes" + ", pretrained" * bool(start),
         "omniglot-vinyals",
         learner,
         backbone,
         EpisodeShape(*train),
         EpisodeShape(*test, queries=5),
         FewShotTrainConfig(steps, batch, **settings),
+        start,
     )
 
 
@@ -111,6 +113,9 @@ def maml(first_order: bool) -> Make:
 FALLING: dict[str, Any] = {"learning_rate": 2e-3, "schedule": "cosine", "validate_every": 800}
 # Pretraining is judged at its end only: which rate adapts best is chosen then, and changes while features grow.
 PRETRAINING: dict[str, Any] = FALLING | {"validate_every": 8000, "validation_episodes": 30}
+# What pretraining ends with: a network that tells all base classes apart. Methods that begin with it need far fewer
+# episodes, and their names say so.
+PRETRAINED: dict[str, Any] = FALLING | {"learning_rate": 1e-3, "validate_every": 500, "start": "omniglot-finetune"}
 # An input gate that starts near 0.4; the published start near 0.01 is for runs of 75000 episodes.
 OPEN = MetaLSTMConfig(input_bias=(-1.0, 0.0))
 SHORT: dict[str, Any] = FALLING | {"learning_rate": 5e-3, "validate_every": 500}
@@ -146,6 +151,18 @@ RECIPES = [
         clip_norm=1.0,
         **SHORT,
     ),
+    *family(
+        "meta-lstm-head",
+        "Meta-LSTM of the read-out",
+        lambda ways, shots: MetaLSTMLearnerConfig(adapted="head", steps=12 if shots == 1 else 5, rule=OPEN),
+        STRIDED,
+        5,
+        4000,
+        4,
+        clip_norm=1.0,
+        **PRETRAINED,
+    ),
+    *family("maml-pretrained", "MAML", maml(first_order=False), STRIDED, 5, 2500, 8, **PRETRAINED),
     *(
         recipe(
             f"reptile-{ways}way-{shots}shot",

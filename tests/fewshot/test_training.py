@@ -65,11 +65,11 @@ def blobs(monkeypatch: pytest.MonkeyPatch) -> str:
     return "blobs"
 
 
-def classification(learner: Any, data: str = "blobs", **training: Any) -> FewShotRecipe:
+def classification(learner: Any, data: str = "blobs", batch_norm: bool = False, **training: Any) -> FewShotRecipe:
     shape = EpisodeShape(ways=3, shots=1, queries=3)
     settings = {"steps": 6, "validate_every": 3, "validation_episodes": 4} | training
     return FewShotRecipe(
-        "tiny", "for tests", data, learner, MLP(hidden=(6,)), shape, shape, FewShotTrainConfig(**settings)
+        "tiny", "for tests", data, learner, MLP((6,), batch_norm), shape, shape, FewShotTrainConfig(**settings)
     )
 
 
@@ -252,6 +252,42 @@ def test_an_exported_learner_is_loaded_as_it_was(config: Any, blobs: str, tmp_pa
     assert evaluate(learner, episodes).values == evaluate(best, episodes).values
     (entry.path / "card.md").write_text("mine")
     assert run.export(tmp_path / "zoo").card == "mine"
+
+
+@pytest.mark.parametrize("kind", sorted(LEARNERS))
+def test_training_begins_with_a_backbone_that_was_trained_before(kind: str, blobs: str, tmp_path: Path) -> None:
+    first = FewShotRun(classification(FinetuneConfig(learning_rates=(0.1,), decays=(0.0,)), batch_norm=True), tmp_path)
+    finish(first)
+    trained = first.export(tmp_path / "zoo").path
+    optimizer = "sgd" if kind == "reptile" else "adam"
+    fresh = classification(LEARNERS[kind](), batch_norm=True, optimizer=optimizer)
+    recipe = dataclasses.replace(fresh, start=str(trained))
+    runs = FewShotRun(recipe, tmp_path / "run"), FewShotRun(fresh, tmp_path / "fresh")
+    for key, value in runs[0].learner.state_dict().items():
+        if key.startswith("model.backbone."):
+            expected = load_learner(trained).state_dict()[key]
+            assert torch.equal(value, expected.expand_as(value)), key
+            assert torch.equal(value, runs[0].best_weights[key])
+        else:  # the read-out, and what else the method learns, as without
+            assert torch.equal(value, runs[1].learner.state_dict()[key]), key
+    finish(runs[0])
+    same(runs[0], FewShotRun(recipe, tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"other settings \(start\)"):
+        FewShotRun(fresh, tmp_path / "run")
+
+
+def test_a_start_that_does_not_fit_is_refused(blobs: str, tmp_path: Path) -> None:
+    first = FewShotRun(classification(ProtoNetConfig()), tmp_path / "first")
+    finish(first)
+    trained = str(first.export(tmp_path / "zoo").path)
+    other = classification(MAMLConfig(), batch_norm=True)
+    with pytest.raises(
+        ValueError, match=r"tiny cannot begin with .*tiny: that has the backbone MLP\(.* and this MLP\("
+    ):
+        FewShotRun(dataclasses.replace(other, start=trained), tmp_path / "other")
+    with pytest.raises(ZooError, match="no learner 'nothing'"):
+        FewShotRun(dataclasses.replace(other, start="nothing"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_damaged_entry_is_refused(tmp_path: Path) -> None:
