@@ -22,13 +22,16 @@ def test_every_example_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert float(accuracy[1]) > 90
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/meta_training.md"])
-def test_the_recipe_of_a_document_trains(document: str, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(# mine\.py\n.*?)```", (ROOT / document).read_text(), re.DOTALL)
+@pytest.mark.parametrize(
+    ("document", "name"), [("README.md", "mine"), ("docs/meta_training.md", "mine"), ("docs/meta_training.md", "tuned")]
+)
+def test_the_recipe_of_a_document_trains(document: str, name: str, tmp_path: Path) -> None:
+    blocks = re.findall(rf"```python\n(# {name}\.py\n.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert len(blocks) == 1
-    (tmp_path / "mine.py").write_text(blocks[0])
-    recipe = load_recipe(tmp_path / "mine.py")
-    assert recipe.name == "mine"
+    file = tmp_path / f"{name}.py"
+    file.write_text(blocks[0])
+    recipe = load_recipe(file)
+    assert recipe.name == name
     records = list(MetaTrainingRun(recipe, tmp_path / "run").run(time_limit=0.0))
     assert [record["update"] for record in records] == [1]
 

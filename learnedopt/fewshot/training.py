@@ -307,7 +307,7 @@ class FewShotRun:
                 "train": asdict(recipe.train),
                 "test": asdict(recipe.test),
                 "settings": asdict(recipe.training),
-                "start": recipe.start,
+                **({"start": recipe.start} if recipe.start else {}),
                 "commit": self.commit,
                 "steps": self.step,
                 "best_step": self.best_step,

@@ -24,7 +24,7 @@ from learnedopt import zoo
 from learnedopt.meta.config import MetaTrainConfig
 from learnedopt.meta.search import Search, SearchConfig
 from learnedopt.meta.trainer import MetaTrainer
-from learnedopt.rules import RuleConfig
+from learnedopt.rules import RuleConfig, UpdateRule
 from learnedopt.tasks.base import TaskFamily
 
 
@@ -45,6 +45,9 @@ class Recipe:
     """The tasks, given the folder of downloaded data (``None`` where the user named none)."""
     checkpoint_every: int = 50
     """Updates between checkpoints."""
+    start: str = ""
+    """An entry of the zoo, or the folder of one, with whose weights training begins: a rule of the same settings, made
+    to suit other tasks better. "" for weights drawn from the seed."""
 
 
 def load_recipe(source: str | os.PathLike[str]) -> Recipe:
@@ -71,9 +74,18 @@ def load_recipe(source: str | os.PathLike[str]) -> Recipe:
 
 
 def _trainer(recipe: Recipe, root: Path | None, device: torch.device | str) -> MetaTrainer | Search:
+    rule: RuleConfig | UpdateRule = recipe.rule
+    if recipe.start:
+        rule = zoo.load_rule(recipe.start)
+        theirs, ours = rule.config.to_dict(), recipe.rule.to_dict()
+        if different := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+            raise ValueError(
+                f"{recipe.name} cannot begin with {recipe.start}, a rule of other settings ({', '.join(different)}): "
+                "write rule=learnedopt.zoo.entry_info(NAME).config into the recipe"
+            )
     if isinstance(recipe.training, SearchConfig):
-        return Search(recipe.rule, recipe.family(root), recipe.training, device)
-    return MetaTrainer(recipe.rule, recipe.family(root), recipe.training, device)
+        return Search(rule, recipe.family(root), recipe.training, device)
+    return MetaTrainer(rule, recipe.family(root), recipe.training, device)
 
 
 def load_file(path: Path) -> ModuleType:
@@ -134,7 +146,9 @@ class MetaTrainingRun:
         tensorboard: Write the numbers of the log for TensorBoard too.
 
     Raises:
-        ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read.
+        ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read; or
+            the rule that training is to begin with has other settings.
+        ZooError: that rule cannot be loaded.
     """
 
     def __init__(
@@ -149,6 +163,7 @@ class MetaTrainingRun:
         self.folder = Path(folder)
         self.tensorboard = tensorboard
         self.trainer = _trainer(recipe, root, device)
+        self._start = zoo.entry_info(recipe.start).sha256 if recipe.start else ""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checkpoint = self.folder / "checkpoint.pt"
         self.commit = source_commit()
@@ -159,6 +174,7 @@ class MetaTrainingRun:
             "commit": self.commit,
             "rule": recipe.rule.to_dict(),
             "training": recipe.training.to_dict(),
+            "start": recipe.start,
             "copies": self.trainer.copies,
             "backend": self.trainer.backend,
             "device": str(device),
@@ -196,7 +212,8 @@ class MetaTrainingRun:
 
     def save(self) -> None:
         """Write the checkpoint; the old one stays in place until the new one is whole."""
-        content = {"recipe": self.recipe.name, "commit": self.commit, "trainer": self.trainer.state_dict()}
+        names = {"recipe": self.recipe.name, "commit": self.commit, "start": self._start}
+        content = names | {"trainer": self.trainer.state_dict()}
         if self._writes:
             write_checkpoint(self._checkpoint, content)
 
@@ -229,6 +246,7 @@ class MetaTrainingRun:
                 "commit": self.commit,
                 "tasks": recipe.tasks,
                 "settings": training.to_dict() | {"copies": trainer.copies},
+                **({"start": recipe.start} if recipe.start else {}),
                 "updates": trainer.update,
                 "best_update": trainer.best_update,
                 "best_validation": trainer.best_score,
@@ -244,6 +262,8 @@ class MetaTrainingRun:
         name = saved.get("recipe", self.recipe.name)
         if name != self.recipe.name:
             raise ValueError(f"{self.folder} holds a run of the recipe {name!r}, not {self.recipe.name!r}")
+        if saved.get("start", "") != self._start:
+            raise ValueError(f"{self.folder} holds a run that began with other weights than those of the recipe now")
         try:
             self.trainer.load_state_dict(saved["trainer"])
         except ValueError as error:

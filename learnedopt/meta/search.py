@@ -17,6 +17,7 @@ from torch import Tensor
 
 from learnedopt.meta.evolution import PerCopy, Repeated, flat_weights
 from learnedopt.meta.ranks import Ranks
+from learnedopt.meta.trainer import initial_rule
 from learnedopt.meta.unroll import start_episode, unroll
 from learnedopt.rules import RuleConfig, UpdateRule, build_rule
 from learnedopt.tasks import Mixture
@@ -84,7 +85,7 @@ class Search:
     judged.
 
     Args:
-        rule: Configuration of the rule.
+        rule: Configuration of the rule; or a rule, with whose weights the others stay.
         family: A :class:`~learnedopt.tasks.Mixture`; its weights are not used.
         config: How to search.
         device: Where rule and optimizees live.
@@ -101,16 +102,18 @@ class Search:
     backend = "reference"
 
     def __init__(
-        self, rule: RuleConfig, family: TaskFamily, config: SearchConfig, device: torch.device | str = "cpu"
+        self,
+        rule: RuleConfig | UpdateRule,
+        family: TaskFamily,
+        config: SearchConfig,
+        device: torch.device | str = "cpu",
     ) -> None:
         if not isinstance(family, Mixture):
             raise TypeError(f"a search draws from every family of a Mixture, got {type(family).__name__}")
         self.config = config
         self.family = family
         self.ranks = Ranks()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)
-            self.rule = build_rule(rule).to(device).requires_grad_(False)
+        self.rule = initial_rule(rule, config.seed).to(device).requires_grad_(False)
         self._places = torch.tensor([place(self.rule, name) for name, _, _ in config.coordinates])
         if len(set(self._places.tolist())) < len(self._places):
             raise ValueError("two of the coordinates are the same weight")

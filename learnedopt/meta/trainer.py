@@ -44,6 +44,15 @@ class _Slot:
 _SAVED = ("theta", "loss", "grad", "initial_loss")
 
 
+def initial_rule(rule: RuleConfig | UpdateRule, seed: int) -> UpdateRule:
+    """What training begins with: a rule with weights drawn from the seed, or a copy of the one given."""
+    if isinstance(rule, UpdateRule):
+        return copy.deepcopy(rule).train().requires_grad_()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build_rule(rule)
+
+
 class MetaTrainer:
     """Trains a rule on a family of tasks; deterministic, and resumable bit for bit.
 
@@ -57,7 +66,7 @@ class MetaTrainer:
     process makes the same calls.
 
     Args:
-        rule: Configuration of the rule to train.
+        rule: Configuration of the rule to train; or a rule, of which a copy is trained on from its weights.
         family: Where tasks are drawn from.
         config: How to train.
         device: Where rule and optimizees live. Tasks and batches are drawn on the CPU and follow.
@@ -75,7 +84,11 @@ class MetaTrainer:
     """
 
     def __init__(
-        self, rule: RuleConfig, family: TaskFamily, config: MetaTrainConfig, device: torch.device | str = "cpu"
+        self,
+        rule: RuleConfig | UpdateRule,
+        family: TaskFamily,
+        config: MetaTrainConfig,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
         self.family = family
@@ -86,9 +99,7 @@ class MetaTrainer:
                 raise ValueError(
                     f"{self.ranks.size} processes share the episodes: {name} must be a multiple of that, got {count}"
                 )
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)
-            self.rule = build_rule(rule).to(device)
+        self.rule = initial_rule(rule, config.seed).to(device)
         self.outer = torch.optim.Adam(self.rule.parameters(), lr=config.learning_rate)
         self.average = (
             None

@@ -19,12 +19,13 @@ from learnedopt.meta import (
     MetaTrainConfig,
     MetaTrainingRun,
     Recipe,
+    SearchConfig,
     SGDTeacher,
     TruncatedBPTT,
     overridden,
 )
 from learnedopt.rules import RULES, LSTMConfig
-from learnedopt.tasks import Quadratics
+from learnedopt.tasks import Mixture, Quadratics
 
 TINY = Recipe(
     "tiny",
@@ -75,6 +76,48 @@ def test_a_setting_that_does_not_exist_is_an_error(arguments: str, capsys: Captu
         overridden(TINY, arguments.split())
     assert raised.value.code == 2
     assert "training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        TINY.training,
+        SearchConfig(
+            updates=1,
+            coordinates=(("readout.bias[0]", 0.0, 0.1), ("readout.weight[0,0]", 0.0, 0.1)),
+            population=4,
+            horizon=6,
+        ),
+    ],
+)
+def test_training_goes_on_from_an_entry_of_the_zoo(training: MetaTrainConfig | SearchConfig, tmp_path: Path) -> None:
+    """The weights, and nothing of how they were made."""
+    first = MetaTrainingRun(TINY, tmp_path / "first")
+    list(first.run())
+    entry = first.export(tmp_path / "zoo")
+    family = Mixture((Quadratics(dimension=3),))
+    recipe = replace(TINY, name="tuned", start=str(entry.path), training=training, family=lambda root: family)
+    run = MetaTrainingRun(recipe, tmp_path / "run")
+    loaded = zoo.load_rule(entry.path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in run.trainer.rule.state_dict().items())
+    list(run.run())
+    tuned = run.export(tmp_path / "zoo")
+    assert tuned.meta_training["start"] == str(entry.path)
+    after = zoo.load_rule(tuned.path).state_dict()
+    moved = [name for name, value in after.items() if not torch.equal(value, loaded[name])]
+    assert (
+        moved == ["readout.weight", "readout.bias"] if isinstance(training, SearchConfig) else len(moved) == len(loaded)
+    )
+    again = MetaTrainingRun(recipe, tmp_path / "run")
+    assert again.trainer.finished
+    with pytest.raises(ValueError, match="began with other weights"):
+        MetaTrainingRun(replace(recipe, start=""), tmp_path / "run")
+
+
+def test_an_entry_of_other_settings_is_no_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tiny cannot begin with mnist-mlp, .*\(hidden_size.*entry_info\(NAME\)"):
+        MetaTrainingRun(replace(TINY, start="mnist-mlp"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
