@@ -145,7 +145,9 @@ def _benchmark_commands(commands: Any) -> None:
     _command(benchmark_commands, "list", _benchmark_list, "the sets of tasks, and the hand-written optimizers")
     run = _command(benchmark_commands, "run", _benchmark_run, "run what is missing in a file of results")
     run.epilog = "Stop it at any time: the same command goes on from there."
-    run.add_argument("--tasks", nargs="+", default=["heldout"], metavar="NAME", help="sets or tasks (heldout)")
+    run.add_argument(
+        "--tasks", nargs="+", default=["heldout"], metavar="NAME", help="sets or tasks, or module:FAMILY (heldout)"
+    )
     run.add_argument(
         "--optimizers",
         nargs="+",

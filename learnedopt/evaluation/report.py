@@ -28,7 +28,8 @@ from learnedopt.evaluation.scores import (
     profile_score,
 )
 from learnedopt.evaluation.statistics import Estimate, Values
-from learnedopt.evaluation.tasks import find_tasks
+from learnedopt.evaluation.tasks import TASK_SETS
+from learnedopt.evaluation.tasks.sets import UNNAMED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -411,8 +412,8 @@ def _page(
             f'<figure><img alt="{name}" src="data:image/png;base64,{image}"><figcaption>At {horizon_of} steps. '
             f"{html.escape(_CAPTIONS[kind])} Made from {_marked(', '.join(sources[:1]))}.</figcaption></figure>"
         )
-    described = {task.name: task for task in find_tasks(results.tasks)}
-    rows = tuple((name, described[name].kind, described[name].distance) for name in results.tasks)
+    described = {task.name: (task.kind, task.distance) for tasks in TASK_SETS.values() for task in tasks}
+    rows = tuple((name, *described.get(name, ("other", UNNAMED))) for name in results.tasks)
     parts.append(
         Table("Tasks", "What about each the meta-training of the default rule has not seen.", _TASK_HEADER, rows).html()
     )

@@ -13,7 +13,7 @@ from learnedopt.evaluation.benchmark import YARDSTICK, best_setting, find_run, f
 from learnedopt.evaluation.contenders import Setting
 from learnedopt.evaluation.records import Record, decode, of_kind
 from learnedopt.evaluation.statistics import RESAMPLES, Estimate, Values
-from learnedopt.evaluation.tasks import TASK_SETS, find_tasks
+from learnedopt.evaluation.tasks import TASK_SETS, task_names
 
 MULTIPLES = (1, 2, 5, 10)
 """Of the horizon, at which results are judged where there are any."""
@@ -59,7 +59,9 @@ class Results:
     """
 
     def __init__(self, records: Sequence[Record], tasks: Sequence[str] | None = None) -> None:
-        wanted = [task.name for task in find_tasks(list(TASK_SETS) if tasks is None else tasks)]
+        if tasks is None:
+            tasks = [*TASK_SETS, *(record["task"] for record in of_kind(records, "run") if ":" in record["task"])]
+        wanted = task_names(tasks)
         self.records = [record for record in records if record.get("task") in (None, *wanted)]
         runs = of_kind(self.records, "run")
         if not runs:

@@ -66,7 +66,8 @@ class MetaTrainer:
     process makes the same calls.
 
     Args:
-        rule: Configuration of the rule to train; or a rule, of which a copy is trained on from its weights.
+        rule: Configuration of the rule to train; or a rule, of which a copy is trained on from its weights. These are
+            validated first, and kept if training finds none that are better.
         family: Where tasks are drawn from.
         config: How to train.
         device: Where rule and optimizees live. Tasks and batches are drawn on the CPU and follow.
@@ -99,6 +100,7 @@ class MetaTrainer:
                 raise ValueError(
                     f"{self.ranks.size} processes share the episodes: {name} must be a multiple of that, got {count}"
                 )
+        self._goes_on = isinstance(rule, UpdateRule)
         self.rule = initial_rule(rule, config.seed).to(device)
         self.outer = torch.optim.Adam(self.rule.parameters(), lr=config.learning_rate)
         self.average = (
@@ -144,6 +146,8 @@ class MetaTrainer:
         """
         started, before = time.perf_counter(), self.seconds
         asked = False
+        if self._goes_on and self.update == 0:
+            self._judge()
         while not (self.finished or asked):
             record, asked = self._step(lambda: stop() or time.perf_counter() - started > time_limit)
             if self.update % self.config.validate_every == 0 or self.update == self.config.updates:

@@ -123,7 +123,7 @@ def test_what_cannot_run_is_a_row_with_its_reason(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("tasks", "contenders", "message"),
-    [(("mnist-50",), ("adam",), "neither a set of tasks"), (("siren",), ("adamm",), "is no optimizer")],
+    [(("mnist-50",), ("adam",), "is no set of tasks"), (("siren",), ("adamm",), "is no optimizer")],
 )
 def test_what_does_not_exist_is_said_before_anything_runs(
     tmp_path: Path, tasks: tuple[str, ...], contenders: tuple[str, ...], message: str
@@ -131,6 +131,20 @@ def test_what_does_not_exist_is_said_before_anything_runs(
     with pytest.raises(ValueError, match=message):
         list(Benchmark(tmp_path / "results.jsonl", tasks, contenders, PLAN).run())
     assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_family_of_ones_own_is_run_and_reported_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report needs the file alone."""
+    (tmp_path / "my_tasks.py").write_text("from learnedopt.tasks import Quadratics\nFAMILY = Quadratics(dimension=3)\n")
+    with monkeypatch.context() as context:
+        context.syspath_prepend(tmp_path)
+        path = tmp_path / "results.jsonl"
+        list(Benchmark(path, ("my_tasks:FAMILY", "quadratic"), ("adam",), PLAN).run())
+    monkeypatch.delitem(sys.modules, "my_tasks")
+    report = write_report([path], tmp_path / "report")
+    assert "| my_tasks:FAMILY |" in (tmp_path / "report" / "report.md").read_text() and "2 of 2" in report
+    write_report([path], tmp_path / "one", ["my_tasks:FAMILY"])
+    assert "| quadratic |" not in (tmp_path / "one" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("settings", [{"horizon": 5}, {"horizon": 507}, {"reporting_seeds": 0}, {"multiples": ()}])

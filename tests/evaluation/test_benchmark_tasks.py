@@ -126,8 +126,23 @@ def test_windows_of_the_series_do_not_reach_into_other_splits() -> None:
 def test_names_of_sets_and_tasks_are_found_once_and_others_refused() -> None:
     found = [task.name for task in find_tasks(["siren", "heldout"])]
     assert found[0] == "siren" and sorted(found) == sorted(task.name for task in TASK_SETS["heldout"])
-    with pytest.raises(ValueError, match="'mnist-50' is neither a set of tasks"):
+    with pytest.raises(
+        ValueError, match=r"'mnist-50' is no set of tasks \(paper, .*\), no task \(.*\), and no module:NAME"
+    ):
         find_tasks(["mnist-50"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("not_there:FAMILY", "there is no task 'not_there:FAMILY': No module named 'not_there'"),
+        ("learnedopt.tasks:Cubics", "there is no task 'learnedopt.tasks:Cubics': .* no attribute 'Cubics'"),
+        ("learnedopt.tasks:Quadratics", "must be a learnedopt.tasks.TaskFamily, it is of the type"),
+    ],
+)
+def test_what_is_no_family_of_ones_own_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_tasks([name])
 
 
 @pytest.mark.parametrize("name", [task.name for task in find_tasks(["paper", "chen"]) if task.needs_root])

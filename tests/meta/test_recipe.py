@@ -114,6 +114,20 @@ def test_training_goes_on_from_an_entry_of_the_zoo(training: MetaTrainConfig | S
         MetaTrainingRun(replace(recipe, start=""), tmp_path / "run")
 
 
+def test_what_training_began_with_is_kept_if_it_is_better(tmp_path: Path) -> None:
+    assert isinstance(TINY.training, MetaTrainConfig)
+    first = MetaTrainingRun(TINY, tmp_path / "first")
+    list(first.run())
+    entry = first.export(tmp_path / "zoo")
+    wild = replace(TINY.training, learning_rate=1e3)
+    run = MetaTrainingRun(replace(TINY, name="wild", start=str(entry.path), training=wild), tmp_path / "run")
+    list(run.run())
+    assert run.trainer.best_update == 0 and run.trainer.update == 4
+    kept = run.export(tmp_path / "zoo")
+    for one, other in zip(zoo.load_rule(kept.path).parameters(), zoo.load_rule(entry.path).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_an_entry_of_other_settings_is_no_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tiny cannot begin with mnist-mlp, .*\(hidden_size.*entry_info\(NAME\)"):
         MetaTrainingRun(replace(TINY, start="mnist-mlp"), tmp_path / "run")

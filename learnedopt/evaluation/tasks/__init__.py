@@ -1,5 +1,5 @@
 """Tasks that are for judging only, and the three named sets of tasks."""
 
-from learnedopt.evaluation.tasks.sets import TASK_SETS, BenchmarkTask, find_tasks
+from learnedopt.evaluation.tasks.sets import TASK_SETS, BenchmarkTask, find_tasks, task_names
 
-__all__ = ["TASK_SETS", "BenchmarkTask", "find_tasks"]
+__all__ = ["TASK_SETS", "BenchmarkTask", "find_tasks", "task_names"]

@@ -5,6 +5,7 @@ A task is changed only by giving it another name.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -158,21 +159,49 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
 """Every set by name. Names of tasks are unique over all sets."""
 
 
-def find_tasks(names: Sequence[str]) -> list[BenchmarkTask]:
-    """The tasks of these names, each the name of a set or of a task, without repetition.
+def task_names(names: Sequence[str]) -> list[str]:
+    """The names of the tasks that these stand for, each a set, a task, or a family ``module:NAME``; no repetition.
 
-    Raises ``ValueError`` for a name that is neither.
+    Raises ``ValueError`` for a name that is none of them.
 
-    >>> [task.name for task in find_tasks(["siren", "selection"])][:2]
+    >>> task_names(["siren", "selection", "mine:family"])[:2]
     ['siren', 'tabular-gelu']
     """
-    found: dict[str, BenchmarkTask] = {}
-    every = {task.name: task for tasks in TASK_SETS.values() for task in tasks}
+    found: dict[str, None] = {}
     for name in names:
         if name in TASK_SETS:
-            found |= {task.name: task for task in TASK_SETS[name]}
-        elif name in every:
-            found[name] = every[name]
+            found |= dict.fromkeys(task.name for task in TASK_SETS[name])
+        elif name in _EVERY or ":" in name:
+            found[name] = None
         else:
-            raise ValueError(f"{name!r} is neither a set of tasks ({', '.join(TASK_SETS)}) nor one of {sorted(every)}")
-    return list(found.values())
+            raise ValueError(
+                f"{name!r} is no set of tasks ({', '.join(TASK_SETS)}), no task ({', '.join(sorted(_EVERY))}), and no "
+                "module:NAME of a family of tasks"
+            )
+    return list(found)
+
+
+def find_tasks(names: Sequence[str]) -> list[BenchmarkTask]:
+    """The tasks that :func:`task_names` gives. A ``module:NAME`` must be a :class:`~learnedopt.tasks.TaskFamily`.
+
+    Raises:
+        ValueError: as :func:`task_names`; or a module or what it should hold is not there, or is no family.
+    """
+    return [_EVERY[name] if name in _EVERY else _own(name) for name in task_names(names)]
+
+
+def _own(name: str) -> BenchmarkTask:
+    module, _, attribute = name.partition(":")
+    try:
+        family = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"there is no task {name!r}: {error}. `python -m learnedopt` finds modules of the folder that it is run in"
+        ) from error
+    if not isinstance(family, TaskFamily):
+        raise ValueError(f"{name!r} must be a learnedopt.tasks.TaskFamily, it is of the type {type(family).__name__}")
+    return BenchmarkTask(name, "other", UNNAMED, lambda root: family, shared=False)
+
+
+UNNAMED = "of no named set"
+_EVERY = {task.name: task for tasks in TASK_SETS.values() for task in tasks}
