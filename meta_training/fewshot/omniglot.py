@@ -8,6 +8,7 @@ has come.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from learnedopt.fewshot import (
@@ -134,7 +135,11 @@ REPTILE_20 = ReptileConfig(learning_rate=5e-4, steps=10, batch_size=20, test_bat
 RECIPES = [
     recipe("protonet-1shot", "Prototypical network", ProtoNetConfig(), POOLED, (30, 1, 3), (20, 1), 3200, **FALLING),
     recipe("protonet-5shot", "Prototypical network", ProtoNetConfig(), POOLED, (20, 5, 5), (20, 5), 3200, **FALLING),
-    recipe("finetune", "Pretrained network", FinetuneConfig(), STRIDED, (5, 1, 5), (5, 1), 8000, **PRETRAINING),
+    # Trained on labelled images; episodes are for validation alone.
+    replace(
+        recipe("finetune", "", FinetuneConfig(), STRIDED, (5, 1, 5), (5, 1), 8000, **PRETRAINING),
+        description="Network for Omniglot, trained to tell all training classes apart",
+    ),
     *(recipe(f"matching-{k}shot", "Matching network", MATCHING, STRIDED, (20, k, 5), (20, k), 40000) for k in (1, 5)),
     *family("maml", "MAML", maml(first_order=False), STRIDED, 5, 2500, 8, **SHORT),
     *family("fomaml", "First-order MAML", maml(first_order=True), STRIDED, 5, 2500, 8, **SHORT),
