@@ -130,13 +130,25 @@ def _fewshot_commands(commands: Any) -> None:
     judge = _command(fewshot_commands, "evaluate", _fewshot_evaluate, "judge a trained learner on frozen test episodes")
     judge.add_argument("name", metavar="NAME", help="a trained learner of the zoo, or an entry's folder")
     judge.add_argument("--data", help="a data set (the one it was trained on)")
-    judge.add_argument("--ways", type=int, help="classes in an episode (those it was made for)")
-    judge.add_argument("--shots", type=int, help="support examples of each class (those it was made for)")
-    judge.add_argument("--queries", type=int, default=15, help="query examples of each class (%(default)s)")
-    judge.add_argument("--episodes", type=int, default=600, help="how many of the frozen list (%(default)s)")
+    judge.add_argument("--ways", type=_at_least(2), help="classes in an episode (those it was made for)")
+    judge.add_argument("--shots", type=_at_least(1), help="support examples of each class (those it was made for)")
+    judge.add_argument("--queries", type=_at_least(1), default=15, help="query examples of each class (%(default)s)")
+    judge.add_argument("--episodes", type=_at_least(1), default=600, help="how many of the frozen list (%(default)s)")
     judge.add_argument("--normalization", help="another use of batch statistics: transductive, support or running")
     for command in (learn, judge):
         command.add_argument("--root", type=Path, metavar="DIR", help="folder of downloaded data, if it needs some")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """What argparse converts a number with."""
+
+    def integer(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        return number
+
+    return integer
 
 
 def _benchmark_commands(commands: Any) -> None:
@@ -280,13 +292,17 @@ def _settings(values: Any) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        raise ValueError(f"cannot train on device {device!r}: {error}") from error
+
+
 def _meta_train(arguments: argparse.Namespace) -> int:
     recipe = overridden(load_recipe(arguments.recipe), ["--help"] if arguments.settings else arguments.more)
     folder = arguments.out or Path("runs") / recipe.name
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
-        raise ValueError(f"cannot train on device {arguments.device!r}: {error}") from error
+    _check_device(arguments.device)
     with launched(arguments.device) as device:
         run = MetaTrainingRun(recipe, folder, arguments.root, device, arguments.tensorboard)
         return _train(run, arguments)
@@ -364,6 +380,7 @@ def _fewshot_train(arguments: argparse.Namespace) -> int:
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
     training = recipe.training
     folder = arguments.out or Path("runs") / f"{recipe.name}-seed{training.seed}"
+    _check_device(arguments.device)
     run = fewshot.FewShotRun(recipe, folder, arguments.root, arguments.device)
     print(f"{recipe.name}: step {run.step} of {training.steps}, in {folder}", flush=True)
     with _polite_signals() as received, closing(run.run(arguments.time_limit, lambda: bool(received))) as records:
@@ -389,8 +406,11 @@ def _fewshot_evaluate(arguments: argparse.Namespace) -> int:
     entry, learner = fewshot.learner_info(arguments.name), fewshot.load_learner(arguments.name)
     if arguments.normalization is not None:
         learner = learner.with_config(normalization=arguments.normalization)
-    data = arguments.data or entry.training["data"]
-    ways, shots = arguments.ways or entry.training["test"]["ways"], arguments.shots or entry.training["test"]["shots"]
+    made_for = entry.training.get("test", {})
+    data = arguments.data or entry.training.get("data")
+    ways, shots = arguments.ways or made_for.get("ways"), arguments.shots or made_for.get("shots")
+    if data is None or ways is None or shots is None:
+        raise ValueError(f"{entry.name} does not say what it was trained for: give --data, --ways and --shots")
     shape = fewshot.EpisodeShape(ways, shots, arguments.queries)
     source = fewshot.episode_source(data, shape, "test", arguments.root)
     if isinstance(source, fewshot.FewShotTask):

@@ -333,11 +333,18 @@ class FewShotRun:
                 f"{self.recipe.name} cannot begin with {name}: that has the backbone {entry.backbone} for examples of "
                 f"shape {entry.shape.example_shape}, and this {self.recipe.backbone} for {example}"
             )
-        trained = load_learner(name).state_dict()
+        trained, own = load_learner(name).state_dict(), self.learner.state_dict()
+        shared = [key for key in own if key.startswith(prefix) and key in trained]
+        for key in shared:
+            theirs, ours = trained[key].shape, own[key].shape
+            if theirs != ours[len(ours) - len(theirs) :]:
+                raise ValueError(
+                    f"{self.recipe.name} cannot begin with {name}: that has {key} of shape {tuple(theirs)}, one row "
+                    f"for each of its inner steps maybe, and this of shape {tuple(ours)}"
+                )
         with torch.no_grad():
-            for key, value in self.learner.state_dict().items():
-                if key.startswith(prefix) and key in trained:
-                    value.copy_(trained[key])  # in every row, where there is one for each inner step
+            for key in shared:
+                own[key].copy_(trained[key])  # in every row, where there is one for each inner step
 
     def _step(self) -> float:
         config = self.recipe.training

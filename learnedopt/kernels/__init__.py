@@ -1,7 +1,7 @@
 """The same maths, faster: backends that run a rule's step in place, and the choice between them."""
 
 from learnedopt.kernels.base import Backend, Case, Tensors
-from learnedopt.kernels.bases import AGE, step_in_bases
+from learnedopt.kernels.bases import AGE, initial_matrices, step_in_bases
 from learnedopt.kernels.choice import BackendName, check_name, choose, get_backend
 from learnedopt.kernels.dispatch import step
 from learnedopt.kernels.reference import ReferenceBackend
@@ -19,6 +19,7 @@ __all__ = [
     "check_name",
     "choose",
     "get_backend",
+    "initial_matrices",
     "keep_state",
     "read_state",
     "state_layout",

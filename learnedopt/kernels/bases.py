@@ -1,11 +1,14 @@
 """A step of a rule with bases: the tensors are taken there, a backend does what it always does, updates are taken back.
 
 What is in bases costs copies: parameters and gradients there, and the updates, of as many tensors at once as have
-together :data:`AT_ONCE` coordinates, or of one that has more.
+together :data:`AT_ONCE` coordinates, or of one that has more; and when bases turn, what turns with them, of one tensor
+at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,9 +20,11 @@ from learnedopt.kernels.dispatch import step
 from learnedopt.kernels.state import state_layout
 from learnedopt.rules import EigenbasisRule, State, UpdateRule
 from learnedopt.rules.eigenbasis import Bases, above_rounding, as_matrix
+from learnedopt.rules.moments import in_range
 
 AGE = "age"
-"""The entry of a tensor's state that says how many steps its bases have seen: on the host, which decides by it."""
+"""The entry of a tensor's state that says how many steps its bases have seen, from its first gradient that is not zero:
+on the host, which decides by it. Later steps that a device skips count too, since the host does not know."""
 AT_ONCE = 1 << 22
 
 
@@ -59,8 +64,33 @@ def step_in_bases(
         if skip is not None and skip:
             return
         lr, skip = float(lr), None
-    for indices in blocks.bundles(tensors.counts, AT_ONCE):
-        _step_together(backend, rule, tensors.select(indices), lr, weight_decay, loss, skip)
+    with _precise_products(tensors.device):
+        for indices in blocks.bundles(tensors.counts, AT_ONCE):
+            _step_together(backend, rule, tensors.select(indices), lr, weight_decay, loss, skip)
+
+
+def initial_matrices(rule: UpdateRule, param: Tensor, dtype: torch.dtype) -> State:
+    """What a tensor's state begins with, beside what backends know of. Empty if it has no bases."""
+    found: State = {}
+    for name, (rows, columns) in rule.matrices(param.shape).items():
+        make = torch.eye if name.endswith("_basis") else torch.zeros
+        found[name] = make(rows, columns, dtype=dtype, device=param.device)
+    return {**found, AGE: torch.zeros((), dtype=dtype)} if found else {}
+
+
+@contextmanager
+def _precise_products(device: torch.device) -> Iterator[None]:
+    """In TF32 or bfloat16, which users may have chosen for their networks, rounding errors would pass for gradients."""
+    products = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    chosen = products.fp32_precision
+    if chosen in ("none", "ieee"):
+        yield
+        return
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = chosen
 
 
 def _step_together(
@@ -74,7 +104,7 @@ def _step_together(
 ) -> None:
     bases, params, grads = [], [], []
     for param, grad, state in zip(tensors.params, tensors.grads, tensors.states):
-        matrix = grad.to(tensors.dtype).reshape(as_matrix(grad.shape))
+        matrix = in_range(grad.to(tensors.dtype)).reshape(as_matrix(grad.shape))
         here = _follow(rule, matrix, state, tensors, skip)
         bases.append(here)
         params.append(here.enter(param.to(tensors.dtype).reshape(matrix.shape)).view(param.shape))
@@ -102,12 +132,9 @@ def _step_together(
 def _follow(rule: EigenbasisRule, grad: Tensor, state: State, tensors: Tensors, skip: Tensor | None) -> Bases:
     """Let the matrices follow a gradient ``(m, n)``, in place, and what else the state has turn with them."""
     matrices = {name: state[name] for name in rule.matrices(grad.shape)}
+    if not state[AGE] and not _begins(grad, skip):
+        return Bases(matrices)
     state[AGE] += 1
-    if skip is not None:
-        # The host does not know of a first step that was skipped, which has left no basis.
-        for name in matrices.keys() & {"left_basis", "right_basis"}:
-            basis = matrices[name]
-            basis.copy_(torch.where(basis.any(), basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device)))
     after, turns = rule.followed(grad, matrices, int(state[AGE]))
     for name, value in after.items():
         matrices[name].copy_(_unless(skip, value, matrices[name]))
@@ -121,6 +148,12 @@ def _follow(rule: EigenbasisRule, grad: Tensor, state: State, tensors: Tensors, 
         for name, value in rule.carried(coordinates, turns).items():
             coordinates[name].copy_(_unless(skip, value, coordinates[name]))
     return Bases(matrices)
+
+
+def _begins(grad: Tensor, skip: Tensor | None) -> bool:
+    """Whether this is a tensor's first gradient, if it had none before. The one thing that is asked of a device."""
+    found = grad.any()
+    return bool(found if skip is None else found & ~skip)
 
 
 def _unless(skip: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

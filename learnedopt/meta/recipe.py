@@ -246,7 +246,7 @@ class MetaTrainingRun:
                 "commit": self.commit,
                 "tasks": recipe.tasks,
                 "settings": training.to_dict() | {"copies": trainer.copies},
-                **({"start": recipe.start} if recipe.start else {}),
+                **({"start": recipe.start, "start_sha256": self._start} if recipe.start else {}),
                 "updates": trainer.update,
                 "best_update": trainer.best_update,
                 "best_validation": trainer.best_score,

@@ -25,6 +25,7 @@ from learnedopt.kernels import (
     check_name,
     choose,
     get_backend,
+    initial_matrices,
     keep_state,
     read_state,
     state_layout,
@@ -72,10 +73,12 @@ class LearnedOptimizer(Optimizer):
     those without a gradient are skipped, and one that is listed twice is updated once. Rule, state and arithmetic
     are float32, or float64 where the parameter or the rule is.
 
-    An infinite or NaN gradient goes into the update and stays in the state, as with every optimizer of torch, unless
-    ``nonfinite`` says otherwise: ``"skip"`` leaves parameters and state as they were, without waiting for the device;
-    ``"raise"`` waits for it at every step, to stop before anything changes. Both look at all gradients of the groups
-    that set them, and at the loss where a rule reads it: one bad value skips the step of all these groups.
+    A NaN gradient goes into the update and stays in the state, as with every optimizer of torch, unless
+    ``nonfinite`` says otherwise; an infinite one too, but rules that normalize by second moments, the default among
+    them, take it for a very large one. ``"skip"`` leaves parameters and state as they were, without waiting for the
+    device; ``"raise"`` waits for it at every step, to stop before anything changes. Both look at all gradients of
+    the groups that set them, and at the loss where a rule reads it: one bad value skips the step of all these
+    groups.
 
     Parameters may be sharded or replicated over processes as DTensors, by FSDP2 (``fully_shard``) or tensor
     parallelism: state is sharded with them, and what a rule asks about a whole tensor is summed over its shards, so
@@ -426,6 +429,11 @@ class LearnedOptimizer(Optimizer):
                 continue
             if param.grad.layout != torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            if param.is_conj():
+                raise RuntimeError(
+                    f"{type(self).__name__} cannot update a conjugate view, here of shape {tuple(param.shape)}: make "
+                    "it a parameter of its own with resolve_conj()"
+                )
             if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
                 raise RuntimeError(
                     f"{type(self).__name__} cannot update an expanded parameter, here of shape {tuple(param.shape)}: "
@@ -510,13 +518,14 @@ class LearnedOptimizer(Optimizer):
 
 
 def _init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype: StateDtype) -> State:
-    layout, matrices = state_layout(rule, dtype, state_dtype), rule.matrices(param.shape)
+    layout, matrices = state_layout(rule, dtype, state_dtype), initial_matrices(rule, param, dtype)
     if matrices:
         # Every process has all of it, see _update_group.
         shapes = _state_shapes(rule, layout, param)
-        dtypes = {**dict.fromkeys(matrices, dtype), **{name: spec.dtype for name, spec in layout.items()}}
-        whole_state = {name: torch.zeros(shapes[name], dtype=dtypes[name], device=param.device) for name in dtypes}
-        return {**whole_state, AGE: torch.zeros((), dtype=dtype)}
+        zeros = {
+            name: torch.zeros(shapes[name], dtype=spec.dtype, device=param.device) for name, spec in layout.items()
+        }
+        return {**matrices, **zeros}
     return {
         name: zeros_beside(param, spec.shape, spec.dtype)
         if spec.scope == "coordinate"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.rules.base import Segments, State, StateSpec, UpdateRule
-from learnedopt.rules.moments import momentum_bound
+from learnedopt.rules.moments import in_range, momentum_bound
 from learnedopt.rules.schedule_free_lstm import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule
 
 Side = Literal["left", "right"]
@@ -56,18 +56,18 @@ class EigenbasisRule(UpdateRule):
         \Delta\Theta &= Q_L\, \mathrm{rule}(Q_L^\top \Theta Q_R,\; Q_L^\top G Q_R)\, Q_R^\top
 
     where the columns of :math:`Q_L` and :math:`Q_R` tend to the eigenvectors of :math:`L` and :math:`R`: in each of the
-    first ``settling`` steps, and in every ``interval``-th from then on, :math:`Q \leftarrow \mathrm{qr}((L + \epsilon_L
-    \operatorname{tr}(L)\, I)\, Q)`, columns in the order of :math:`\mathrm{diag}(Q^\top L Q)`; in the first step, where
-    :math:`Q = I` before, four times. The state of the rule turns with them, by
-    :math:`T = Q_\mathrm{new}^\top Q_\mathrm{old}`: directions such as the momentum :math:`m` by :math:`T`, second
-    moments :math:`v` by :math:`T \odot T`, units of an LSTM stay with their column; and :math:`|m|` is kept to at most
-    :math:`\sqrt v` times what it can be where nothing turns (:func:`~learnedopt.rules.moments.momentum_bound`).
-    Directions along which gradients differ in size so become coordinates of their own, whose steps the rule can scale
-    one by one. Vectors and scalars are optimized as they are, and so is a side of a matrix that is longer than
-    ``max_side``.
+    first ``settling`` steps, from the first gradient of a tensor that is not zero, and in every ``interval``-th from
+    then on, :math:`Q \leftarrow \mathrm{qr}((L + \epsilon_L \operatorname{tr}(L)\, I)\, Q)`, columns in the order of
+    :math:`\mathrm{diag}(Q^\top L Q)`; in the first step, where :math:`Q = I` before, four times. The state of the rule
+    turns with them, by :math:`T = Q_\mathrm{new}^\top Q_\mathrm{old}`: directions such as the momentum :math:`m` by
+    :math:`T`, second moments :math:`v` by :math:`T \odot T`, units of an LSTM stay with their column; and :math:`|m|`
+    is kept to at most :math:`\sqrt v` times what it can be where nothing turns
+    (:func:`~learnedopt.rules.moments.momentum_bound`). Directions along which gradients differ in size so become
+    coordinates of their own, whose steps the rule can scale one by one. Vectors and scalars are optimized as they
+    are, and so is a side of a matrix that is longer than ``max_side``.
 
     Elements of a gradient in the bases that are below :math:`10^{-6} \|G\|`, which may be rounding errors, count as
-    zero.
+    zero. What takes many copies at once, :meth:`update`, counts steps from the first, whatever its gradients.
 
     What follows from the form, whatever the weights (``tests/rules/`` checks each):
 
@@ -189,7 +189,7 @@ class EigenbasisRule(UpdateRule):
                 bases.append(None)
                 continue
             size, rectangle = sizes[index], as_matrix(shape)
-            matrix = grads[index].reshape(copies, *rectangle)
+            matrix = in_range(grads[index]).reshape(copies, *rectangle)
             with torch.no_grad():
                 after, turns = self.followed(matrix, own, step)
             for name, value in after.items():
@@ -322,7 +322,9 @@ def above_rounding(turned: Tensor, grad: Tensor) -> Tensor:
 
     A coordinate that has had nothing but rounding errors would otherwise be scaled up to a step like any other's.
     """
-    least = _ROUNDING * torch.linalg.matrix_norm(grad, keepdim=True)
+    # Taken of what is at most one, because squares of what is very large are out of range.
+    most = grad.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+    least = _ROUNDING * torch.linalg.matrix_norm(grad / most, keepdim=True) * most
     return torch.where(turned.abs() <= least, 0.0, turned)
 
 

@@ -28,6 +28,12 @@ def momentum_bound(decay: float, square_decay: float) -> float:
     return (1.0 - decay) * math.sqrt(square_decay / ((1.0 - square_decay) * gap))
 
 
+def in_range(grad: Tensor) -> Tensor:
+    """No larger than what has a square: beyond, an infinite second moment would turn into NaN at the next step."""
+    limit = 0.5 * math.sqrt(torch.finfo(grad.dtype).max)
+    return grad.clamp(-limit, limit)
+
+
 def adam_directions(
     grad: Tensor, state: State, corrections: Tensor, *, momentum_decay: float, square_decay: float, eps: float
 ) -> tuple[State, tuple[Tensor, Tensor]]:
@@ -37,9 +43,7 @@ def adam_directions(
         The new moments, and :math:`\hat m / (\sqrt{\hat v} + \epsilon)` and :math:`g / (\sqrt{\hat v} + \epsilon)`;
         ``corrections`` has :func:`bias_correction` of the two in its rows, for the hats.
     """
-    # Beyond this the square overflows, and an infinite second moment turns into NaN at the next step.
-    limit = 0.5 * math.sqrt(torch.finfo(grad.dtype).max)
-    grad = grad.clamp(-limit, limit)
+    grad = in_range(grad)
     # Not torch.lerp: in float32 it takes 1 - 0.999 for a number that is off by 1e-5 of itself.
     momentum = momentum_decay * state["momentum"] + (1.0 - momentum_decay) * grad
     square = square_decay * state["square"] + (1.0 - square_decay) * grad.square()

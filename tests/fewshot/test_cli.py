@@ -6,14 +6,27 @@ import dataclasses
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from learnedopt.cli import main
-from learnedopt.fewshot import LEARNERS, MLP, Episodes, EpisodeShape, FewShotRecipe, FewShotRun, demo, load_learner
+from learnedopt.fewshot import (
+    LEARNERS,
+    MLP,
+    Episodes,
+    EpisodeShape,
+    FewShotRecipe,
+    FewShotRun,
+    LearnerShape,
+    demo,
+    load_learner,
+    save_learner,
+)
 from learnedopt.fewshot.demo import FewShotDemo, compare, methods, plot, table
 from learnedopt.fewshot.evaluate import Evaluation
+from learnedopt.fewshot.learners import ProtoNetConfig
 from tests.fewshot.test_training import blobs
 
 Captured = pytest.CaptureFixture[str]
@@ -90,6 +103,7 @@ def test_a_signal_stops_between_two_steps(recipe: str, monkeypatch: pytest.Monke
     [
         (["train", "nothing"], "no recipes in meta_training/fewshot"),
         (["train", "mine.py:other"], "no recipe 'other'; there are tiny"),
+        (["train", "mine.py:tiny", "--device", "nowhere"], "cannot train on device 'nowhere'"),
         (["evaluate", "nothing"], "the zoo has no learner 'nothing'"),
     ],
 )
@@ -97,6 +111,24 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, recipe: str, 
     assert main(["fewshot", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--ways", "--shots", "--queries", "--episodes"])
+def test_counts_of_nothing_are_refused(option: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["fewshot", "evaluate", "omniglot-protonet-1shot", option, "0"])
+    assert raised.value.code == 2 and f"argument {option}: must be at least" in capsys.readouterr().err
+
+
+def test_an_entry_that_does_not_say_what_it_was_made_for_asks(blobs: str, tmp_path: Path, capsys: Captured) -> None:
+    learner = ProtoNetConfig().build(MLP(hidden=(5,)), LearnerShape((4,), 3))
+    settings: dict[str, Any] = {"description": "x", "backbone": MLP(hidden=(5,)), "card": "x", "training": {}}
+    save_learner(learner, tmp_path / "bare", name="bare", **settings)
+    folder = str(tmp_path / "bare")
+    assert main(["fewshot", "evaluate", folder]) == 2
+    assert "bare does not say what it was trained for: give --data, --ways and --shots" in capsys.readouterr().err
+    given = ["--data", blobs, "--ways", "3", "--shots", "1", "--queries", "2", "--episodes", "3"]
+    assert main(["fewshot", "evaluate", folder, *given]) == 0
 
 
 def test_the_demonstration_compares_all_methods(blobs: str) -> None:

@@ -37,7 +37,7 @@ from learnedopt.fewshot import (
     load_recipes,
     save_learner,
 )
-from learnedopt.fewshot.learners import FinetuneConfig, MAMLConfig, ProtoNetConfig, ReptileConfig
+from learnedopt.fewshot.learners import FinetuneConfig, MAMLConfig, MAMLPlusPlusConfig, ProtoNetConfig, ReptileConfig
 from learnedopt.zoo import ZooError
 
 SINE = FewShotRecipe(
@@ -287,6 +287,11 @@ def test_a_start_that_does_not_fit_is_refused(blobs: str, tmp_path: Path) -> Non
         FewShotRun(dataclasses.replace(other, start=trained), tmp_path / "other")
     with pytest.raises(ZooError, match="no learner 'nothing'"):
         FewShotRun(dataclasses.replace(other, start="nothing"), tmp_path / "other")
+    rows = FewShotRun(classification(MAMLPlusPlusConfig(), batch_norm=True), tmp_path / "rows")
+    finish(rows)
+    trained = str(rows.export(tmp_path / "zoo").path)
+    with pytest.raises(ValueError, match=r"that has model\.backbone\..* one row for each of its inner steps"):
+        FewShotRun(dataclasses.replace(other, start=trained), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

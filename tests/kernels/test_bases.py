@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import AGE, Tensors, bases
 from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule
+from learnedopt.rules.eigenbasis import Bases
 from tests.optim.reference import draw_grads, same_bits, snapshot, trained
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -64,19 +67,77 @@ def test_weight_decay_reaches_rows_that_updates_do_not() -> None:
     assert (param[1] == 1.0 - 1e-4).all()
 
 
-def test_a_first_step_that_is_skipped_on_the_device_leaves_bases_to_begin_with() -> None:
+@pytest.mark.parametrize("age", [0, 4])
+def test_a_step_that_is_skipped_on_the_device_changes_nothing_but_the_age(age: int) -> None:
     """On the CPU the host knows and takes no step at all."""
-    optimizer = run(0)
+    optimizer = run(age)
     param = optimizer.param_groups[0]["params"][0]
-    param.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
-    optimizer.step()
+    if age == 0:
+        param.grad = torch.zeros(6, 5)
+        optimizer.step()
     state = optimizer.state[param]
-    for values in state.values():
-        values.zero_()
-    tensors = Tensors([param], [param.grad], [state], torch.float32, "float32", [30])
-    bases._follow(make_rule(), param.grad, state, tensors, torch.tensor(True))
-    assert not state["left_factor"].any()
-    assert same_bits([state["left_basis"], state["right_basis"]], [torch.eye(6), torch.eye(5)])
+    before = {name: values.clone() for name, values in state.items()}
+    tensors = Tensors([param], [torch.ones(6, 5)], [state], torch.float32, "float32", [30])
+    bases._follow(make_rule(), torch.ones(6, 5), state, tensors, torch.tensor(True))
+    for name, values in state.items():
+        assert same_bits([values], [before[name] + (name == AGE and age > 0)]), name
+    assert same_bits([state["left_basis"]], [torch.eye(6)]) == (age == 0)
+
+
+@pytest.mark.parametrize("zeros", [1, 5])
+def test_bases_wait_for_a_first_gradient(zeros: int) -> None:
+    """Some layers have none at first: a factor beside one of zeros, an expert that is switched on later."""
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(6, 5, generator=generator)
+    gradients = [torch.outer(torch.ones(6), torch.arange(5.0)) + 0.1 * i * torch.eye(6, 5) for i in range(4)]
+    found = []
+    for waiting in (0, zeros):
+        param = start.clone().requires_grad_()
+        optimizer = LearnedOptimizer([param], make_rule())
+        for gradient in [torch.zeros(6, 5)] * waiting + gradients:
+            param.grad = gradient
+            optimizer.step()
+            if not gradient.any():
+                assert torch.equal(param, start)
+        found.append([optimizer.state[param][name] for name in ("left_basis", "right_basis", "left_factor", AGE)])
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_large_gradients_are_gradients_and_infinite_ones_leave_the_state_finite(backend: Any) -> None:
+    generator = torch.Generator().manual_seed(4)
+    gradients = [torch.rand(40, 40, generator=generator) - 0.5 for _ in range(6)]
+    moved = []
+    for scale in (1.0, 2e18, math.inf):  # the square of the second norm is out of range
+        param = torch.ones(40, 40, requires_grad=True)
+        optimizer = LearnedOptimizer([param], make_rule(), backend=backend)
+        for gradient in gradients:
+            param.grad = gradient.sign() * torch.inf if scale == math.inf else gradient * scale
+            optimizer.step()
+        moved.append(param.detach())
+        assert all(values.isfinite().all() for values in [param, *optimizer.state[param].values()])
+    # Not the same: of such gradients the way is taken as if they were smaller.
+    assert (moved[1] - moved[0]).norm() < 0.2 * (moved[0] - 1.0).norm()
+    assert not torch.equal(moved[2], torch.ones(40, 40))
+
+
+def test_products_are_precise_whatever_the_user_has_chosen_for_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def enter(self: Bases, x: Tensor) -> Tensor:
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return original(self, x)
+
+    original = Bases.enter
+    monkeypatch.setattr(Bases, "enter", enter)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        run(2)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"ieee"}
 
 
 @needs_cuda

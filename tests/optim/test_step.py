@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import blocks
+from learnedopt.kernels import bases, blocks
 from learnedopt.rules import LSTMConfig, LSTMRule, Segments
 from tests.optim.reference import (
     CASES,
@@ -228,6 +228,13 @@ def test_expanded_parameters_are_refused_before_anything_changes(case: Case) -> 
     assert same_bits(snapshot(optimizer), before)
     params[1].grad = None
     optimizer.step(loss=1.0)
+
+
+def test_a_conjugate_view_is_refused_because_it_could_not_be_written() -> None:
+    param = nn.Parameter(torch.ones(3, 2, dtype=torch.complex64).conj())
+    param.grad = torch.ones(3, 2, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match=r"cannot update a conjugate view, here of shape \(3, 2\).*resolve_conj"):
+        LearnedOptimizer([param]).step()
 
 
 def test_all_that_is_trained_is_counted_however_it_is_grouped() -> None:
@@ -495,6 +502,8 @@ def test_at_lr_zero_a_missing_loss_only_prepares_the_state(as_tensor: bool) -> N
 def test_nothing_waits_for_the_device(case: Case, nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Meta tensors have no values: whatever reads one back to the host raises.
     monkeypatch.setattr(blocks, "BLOCK", 16)
+    # What has bases asks, until a tensor has had its first gradient.
+    monkeypatch.setattr(bases, "_begins", lambda grad, skip: True)
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((), (3, 4), (5, 7), (0,))]
     lr = torch.ones((), device="meta")
     optimizer = case.build(params, nonfinite=nonfinite)
