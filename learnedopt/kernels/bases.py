@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def initial_matrices(rule: UpdateRule, param: Tensor, dtype: torch.dtype) -> Sta
 @contextmanager
 def _precise_products(device: torch.device) -> Iterator[None]:
     """In TF32 or bfloat16, which users may have chosen for their networks, rounding errors would pass for gradients."""
-    products = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    backends: Any = torch.backends
+    products = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
     chosen = products.fp32_precision
     if chosen in ("none", "ieee"):
         yield

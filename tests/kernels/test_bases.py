@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -122,10 +122,10 @@ def test_large_gradients_are_gradients_and_infinite_ones_leave_the_state_finite(
 
 
 def test_products_are_precise_whatever_the_user_has_chosen_for_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen, backends = [], cast(Any, torch.backends)
 
     def enter(self: Bases, x: Tensor) -> Tensor:
-        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        seen.append(backends.mkldnn.matmul.fp32_precision)
         return original(self, x)
 
     original = Bases.enter
