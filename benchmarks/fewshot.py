@@ -116,8 +116,6 @@ OMNIGLOT = (
     ),
     Row("MAML, transductive", _each("omniglot-maml"), _MAML, _MAML_AGAIN, _MAML_TARGETS),
     Row("MAML", _each("omniglot-maml"), changes={"normalization": "support"}),
-    Row("MAML, pretrained, transductive", _each("omniglot-maml-pretrained"), targets=_MAML_TARGETS),
-    Row("MAML, pretrained", _each("omniglot-maml-pretrained"), changes={"normalization": "support"}),
     Row(
         "first-order MAML, transductive",
         _each("omniglot-fomaml"),

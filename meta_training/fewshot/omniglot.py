@@ -114,8 +114,7 @@ def maml(first_order: bool) -> Make:
 FALLING: dict[str, Any] = {"learning_rate": 2e-3, "schedule": "cosine", "validate_every": 800}
 # Pretraining is judged at its end only: which rate adapts best is chosen then, and changes while features grow.
 PRETRAINING: dict[str, Any] = FALLING | {"validate_every": 8000, "validation_episodes": 30}
-# What pretraining ends with: a network that tells all base classes apart. Methods that begin with it need far fewer
-# episodes, and their names say so.
+# Begins with a network that tells all base classes apart, and needs far fewer episodes.
 PRETRAINED: dict[str, Any] = FALLING | {"learning_rate": 1e-3, "validate_every": 500, "start": "omniglot-finetune"}
 # An input gate that starts near 0.4; the published start near 0.01 is for runs of 75000 episodes.
 OPEN = MetaLSTMConfig(input_bias=(-1.0, 0.0))
@@ -167,7 +166,6 @@ RECIPES = [
         clip_norm=1.0,
         **PRETRAINED,
     ),
-    *family("maml-pretrained", "MAML", maml(first_order=False), STRIDED, 5, 2500, 8, **PRETRAINED),
     *(
         recipe(
             f"reptile-{ways}way-{shots}shot",

@@ -1,0 +1,36 @@
+"""The default, its whole read-out fine-tuned by persistent evolution strategies on long episodes: tried, not shipped.
+
+To make it: ``learnedopt meta-train default-pes --out runs/default-pes --export my-zoo``
+"""
+
+from __future__ import annotations
+
+from learnedopt import zoo
+from learnedopt.meta import PES, MetaTrainConfig, Recipe, load_recipe
+from learnedopt.tasks import Mixture
+
+_START = load_recipe("default")
+
+RECIPE = Recipe(
+    name="default-pes",
+    description="The default, all of its read-out fine-tuned by PES on long episodes",
+    tasks=f"{_START.tasks}; without the four largest families",
+    rule=zoo.entry_info("default").config,
+    training=MetaTrainConfig(
+        updates=1200,
+        unroll_length=50,
+        horizon=(200, 2000),
+        pool=30,
+        copies=4,
+        objective="log_ratio",
+        estimator=PES(std=0.02),
+        learning_rate=1e-3,
+        final_learning_rate=3e-5,
+        clip_norm=1.0,
+        validate_every=1200,
+        validation_copies=1,
+        validation_horizon=500,
+    ),
+    family=lambda root: Mixture(_START.family(root).families[:11]),
+    start="default",
+)
