@@ -343,6 +343,8 @@ ON_LETTERS = {
     "omniglot-finetune": 0.57,
     "omniglot-maml-5way-1shot": 0.68,
     "omniglot-meta-lstm-5way-1shot": 0.67,
+    "omniglot-meta-lstm-head-5way-1shot": 0.73,
+    "omniglot-meta-lstm-head-5way-5shot": 0.66,
     "omniglot-protonet-1shot": 0.81,
 }
 
