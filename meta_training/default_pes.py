@@ -5,11 +5,20 @@ To make it: ``learnedopt meta-train default-pes --out runs/default-pes --export 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from learnedopt import zoo
 from learnedopt.meta import PES, MetaTrainConfig, Recipe, load_recipe
-from learnedopt.tasks import Mixture
+from learnedopt.tasks import Mixture, TaskFamily
 
 _START = load_recipe("default")
+
+
+def family(root: Path | None) -> TaskFamily:
+    whole = _START.family(root)
+    assert isinstance(whole, Mixture)
+    return Mixture(whole.families[:11])
+
 
 RECIPE = Recipe(
     name="default-pes",
@@ -31,6 +40,6 @@ RECIPE = Recipe(
         validation_copies=1,
         validation_horizon=500,
     ),
-    family=lambda root: Mixture(_START.family(root).families[:11]),
+    family=family,
     start="default",
 )
