@@ -429,7 +429,7 @@ class LearnedOptimizer(Optimizer):
                 continue
             if param.grad.layout != torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            if param.is_conj():
+            if param.is_complex() and param.is_conj():  # in this order, because compilers do not know the second
                 raise RuntimeError(
                     f"{type(self).__name__} cannot update a conjugate view, here of shape {tuple(param.shape)}: make "
                     "it a parameter of its own with resolve_conj()"
