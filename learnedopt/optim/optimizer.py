@@ -76,9 +76,9 @@ class LearnedOptimizer(Optimizer):
     A NaN gradient goes into the update and stays in the state, as with every optimizer of torch, unless
     ``nonfinite`` says otherwise; an infinite one too, but rules that normalize by second moments, the default among
     them, take it for a very large one. ``"skip"`` leaves parameters and state as they were, without waiting for the
-    device; ``"raise"`` waits for it at every step, to stop before anything changes. Both look at all gradients of
-    the groups that set them, and at the loss where a rule reads it: one bad value skips the step of all these
-    groups.
+    device (on a GPU but for the count of steps by which bases turn); ``"raise"`` waits for it at every step, to
+    stop before anything changes. Both look at all gradients of the groups that set them, and at the loss where a
+    rule reads it: one bad value skips the step of all these groups.
 
     Parameters may be sharded or replicated over processes as DTensors, by FSDP2 (``fully_shard``) or tensor
     parallelism: state is sharded with them, and what a rule asks about a whole tensor is summed over its shards, so
