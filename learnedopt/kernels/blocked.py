@@ -1,4 +1,4 @@
-"""Fast on the CPU without a compiler: the rules of this package, written out in place on blocks that fit the cache.
+"""Fast on the CPU without a compiler: the rules of this package, written out in place on blocks of reused memory.
 
 Where a rule allocates every intermediate result, here each has its place in a workspace. A layer is one matrix product,
 of its weights and bias side by side with inputs, hidden state and ones on top of each other. Cell states in the dtype

@@ -1,4 +1,4 @@
-"""Reused memory for the blocked backend: made once, a few MiB, whatever the model's size."""
+"""Reused memory for the blocked backend: made once, at most 32 MiB in float32, whatever the model's size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor
 from learnedopt.kernels import blocks
 from learnedopt.kernels.state import low_bytes
 
-LIMIT = 2**21
-"""Numbers in a workspace, roughly: 8 MiB in float32. Rules that need more rows get smaller blocks."""
+LIMIT = 2**23
+"""Numbers in a workspace: 32 MiB in float32. Rules that need more rows get smaller blocks."""
+BLOCKS = 4
+"""Blocks of others that make one here: each takes some fifty calls of torch, which cost more than a full cache."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Sizes:
     @property
     def block(self) -> int:
         """Coordinates to work on at once."""
-        return max(1, min(blocks.BLOCK, LIMIT // self.rows))
+        return max(1, min(BLOCKS * blocks.BLOCK, LIMIT // self.rows))
 
 
 class Views:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import AGE, BackendName, Case, blocks, choose, get_backend, read_state, state_layout
+from learnedopt.kernels.workspace import BLOCKS
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
@@ -221,7 +222,7 @@ def test_a_bad_gradient_spoils_its_own_coordinate_alone(backend: BackendName, st
 def test_the_blocked_step_allocates_nothing_that_grows_with_the_model(
     name: str, state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK", 2048)
+    monkeypatch.setattr(blocks, "BLOCK", 2048 // BLOCKS)
     shapes = ((20, 300), (3000,), (400,), (9,))
     params = [torch.randn(shape, generator=generator()).requires_grad_() for shape in shapes]
     params.append(torch.randn(20, 300, generator=generator()).t().requires_grad_())
