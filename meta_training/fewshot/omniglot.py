@@ -158,7 +158,7 @@ RECIPES = [
     *family(
         "meta-lstm-head",
         "Meta-LSTM of the read-out",
-        lambda ways, shots: MetaLSTMLearnerConfig(adapted="head", steps=12 if shots == 1 else 5, rule=OPEN),
+        lambda ways, shots: MetaLSTMLearnerConfig(adapted="head", steps=12 if shots == 1 else 8, rule=OPEN),
         STRIDED,
         5,
         4000,
