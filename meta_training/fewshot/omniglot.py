@@ -118,6 +118,9 @@ PRETRAINING: dict[str, Any] = FALLING | {"validate_every": 8000, "validation_epi
 PRETRAINED: dict[str, Any] = FALLING | {"learning_rate": 1e-3, "validate_every": 500, "start": "omniglot-finetune"}
 # An input gate that starts near 0.4; the published start near 0.01 is for runs of 75000 episodes.
 OPEN = MetaLSTMConfig(input_bias=(-1.0, 0.0))
+# Twelve and five as published. Eight, which the authors' code has for five shots, were better in validation on 5-way
+# (99.1 % and 99.0 %); on 20-way they were not tried.
+READOUT_STEPS = {(5, 1): 12, (5, 5): 8, (20, 1): 12, (20, 5): 5}
 SHORT: dict[str, Any] = FALLING | {"learning_rate": 5e-3, "validate_every": 500}
 REPTILE: dict[str, Any] = {
     "optimizer": "sgd",
@@ -158,7 +161,7 @@ RECIPES = [
     *family(
         "meta-lstm-head",
         "Meta-LSTM of the read-out",
-        lambda ways, shots: MetaLSTMLearnerConfig(adapted="head", steps=12 if shots == 1 else 8, rule=OPEN),
+        lambda ways, shots: MetaLSTMLearnerConfig(adapted="head", steps=READOUT_STEPS[ways, shots], rule=OPEN),
         STRIDED,
         5,
         4000,
