@@ -14,16 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learnedopt.data.fonts import glyph_images, scripts
-from learnedopt.fewshot.episodes import ClassSet, FewShotTask, frozen_indices
-
-Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
+from learnedopt.fewshot.episodes import PARTS, ClassSet, FewShotTask, Part, frozen_indices
 
 _FOLDER = Path(__file__).parent / "splits"
 _KEYS = {"name", "source", "dataset", "size", "channels", "resample", "invert", "rotations", "classes"}
@@ -253,7 +250,8 @@ _RECORD = _FOLDER / "frozen_episodes.json"
 def check_frozen(task: FewShotTask) -> None:
     """Raise ``ValueError`` if the frozen episodes of a task are not those on record, where there is a record.
 
-    Recorded is the sha256 of the first 1000 with seed 0.
+    Recorded is the sha256 of the first 1000 with seed 0, as indices: it tells other numbers of classes and examples,
+    not other images.
     """
     classes, ways, shots, queries = task.classes, task.ways, task.shots, task.queries
     key = frozen_key(classes.name, ways, shots, queries)
@@ -281,7 +279,10 @@ def _known_part(part: Part) -> Part:
 
 def _class_set(split: Split, part: Part, files: Mapping[str, Any]) -> ClassSet:
     """Decode image files by class, prepare them as the split says, and add the rotations."""
-    images = {name: torch.stack([_decoded(data, split) for data in found]) for name, found in files.items() if found}
+    decoded = {name: [_decoded(data, split) for data in found] for name, found in files.items()}
+    if empty := [name for name, found in decoded.items() if not found]:
+        raise FileNotFoundError(f"{len(empty)} class(es) of {split.name} have no images, {empty[0]} first")
+    images = {name: torch.stack(found) for name, found in decoded.items()}
     counts = tuple(len(images[name]) for name in files)
     upright = torch.cat(list(images.values()))
     turned = torch.cat([torch.rot90(upright, degrees // 90, (-2, -1)) for degrees in split.rotations])

@@ -8,9 +8,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+"""Of a data set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +26,7 @@ class Episodes:
     package are ordered by class. Regression: ``ways`` is ``None`` and the targets are floats.
 
     Raises ``ValueError`` for shapes that do not belong together, labels outside their range, classes without support,
-    and support and query that differ in their ways.
+    support and query that differ in their ways, and targets of regression that are not floating.
 
     >>> x, y = torch.zeros(1, 4, 3), torch.tensor([[0, 0, 1, 1]])
     >>> episodes = Episodes(x, y, x, y, ways=2)
@@ -66,6 +71,13 @@ class Episodes:
                 raise ValueError(
                     f"{kind}: of {self.ways} classes the support lacks {missing[0]} and the query {missing[1]} in some "
                     "episode; give each class at least one example in both, or lower ways"
+                )
+            return
+        for part, y in (("support", self.support_y), ("query", self.query_y)):
+            if not y.is_floating_point() or y.ndim != 3 or y.shape[2] != self.support_y.shape[2]:
+                raise ValueError(
+                    "without ways, targets must be floating, (episodes, examples, outputs), with as many outputs in "
+                    f"support and query; {part}_y is {y.dtype} {tuple(y.shape)}"
                 )
 
     @property
@@ -389,6 +401,8 @@ class Sinusoid(EpisodeSource):
 
     shots: int = 10
     queries: int = 10
+    part: Part = "test"
+    """Of frozen episodes: those of the three have no wave in common."""
 
     ways = None
     num_classes = None
@@ -396,6 +410,8 @@ class Sinusoid(EpisodeSource):
     def __post_init__(self) -> None:
         if min(self.shots, self.queries) < 1:
             raise ValueError(f"shots and queries must be at least 1, got {self.shots, self.queries}")
+        if self.part not in PARTS:
+            raise ValueError(f"part must be one of {', '.join(PARTS)}, got {self.part!r}")
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -412,6 +428,8 @@ class Sinusoid(EpisodeSource):
         return x[:, 0], y[:, 0]
 
     def frozen(self, count: int, seed: int = 0) -> Episodes:
+        if self.part != "test":
+            seed = int.from_bytes(hashlib.sha256(f"sinusoid {self.part} {seed}".encode()).digest()[:7])
         generator = Generator().manual_seed(seed)
         drawn = [self.sample(1, generator) for _ in range(count)]
         return Episodes(

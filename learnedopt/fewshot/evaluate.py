@@ -86,7 +86,7 @@ def evaluate(learner: Learner, episodes: Batched, batch_size: int = 25) -> Evalu
         ValueError: there are no episodes.
     """
     weight = next(learner.parameters(), None)
-    training = learner.training
+    modes = [(module, module.training) for module in learner.modules()]
     values: list[float] = []
     squares: list[float] = []
     diverged = 0
@@ -106,7 +106,8 @@ def evaluate(learner: Learner, episodes: Batched, batch_size: int = 25) -> Evalu
                 values += _means((predicted.argmax(-1) == batch.query_y) & finite[:, None])
                 diverged += int((~finite).sum())
     finally:
-        learner.train(training)
+        for module, training in modes:
+            module.training = training
     if not values:
         raise ValueError("there are no episodes to evaluate on")
     if squares:

@@ -45,6 +45,8 @@ class LearnerConfig(Config):
 
     normalization: Normalization = "transductive"
     """Whose statistics batch normalization uses, see :mod:`learnedopt.fewshot.normalization`."""
+    built_in: ClassVar[frozenset[str]] = frozenset()
+    """Settings that decide what weights there are, and so cannot change afterwards."""
     episodes_at_once: int | None = None
     """How many episodes go through the network together. ``None`` is the faster way, by measurement: all, but on the
     CPU one after another where a convolution goes over every pixel, and where all convolutions have strides as many as
@@ -85,7 +87,7 @@ class LearnerConfig(Config):
             if generator is not None:
                 torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             module = copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone.build(shape.example_shape)
-            return self.make(module, shape)
+            return self.make(module, shape).train()
 
 
 class Part(Protocol):
@@ -170,11 +172,19 @@ class Learner(nn.Module, ABC):
     def with_config(self, **changes: Any) -> Self:
         """This learner under other settings, with the same weights and not a copy of them.
 
-        For settings that can change without training anew: ``normalization``, inner steps and rates of evaluation.
+        For settings that can change without training anew: ``normalization``, inner steps and rates of evaluation. Both
+        have the same modules, and so are in training or in evaluation mode together: call ``train`` or ``eval`` before.
 
         Raises:
-            ValueError: running averages are wanted, and this learner was built without any.
+            ValueError: a setting decides what weights there are; or running averages are wanted, and this learner was
+                built without any.
         """
+        own = self.config
+        built_in = sorted(name for name in own.built_in & changes.keys() if changes[name] != getattr(own, name))
+        if built_in:
+            raise ValueError(
+                f"{', '.join(built_in)} of a {own.kind} cannot change once it is built: build another one with it"
+            )
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, **changes)
         if other.config.normalization == "running" and any(
@@ -261,12 +271,17 @@ class Learner(nn.Module, ABC):
         gradients: list[Tensor | None] = [None] * len(weights)
         for part in parts:
             loss = self.losses(part).sum() / len(episodes)
-            found = torch.autograd.grad(loss, weights, allow_unused=True)
-            gradients = [
-                new if old is None else old if new is None else old.add_(new) for old, new in zip(gradients, found)
-            ]
             total = loss.detach() if total is None else total + loss.detach()
+            if not loss.requires_grad:  # in evaluation mode, where a method makes constants of all that it computes
+                continue
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            # Not in place: autograd gives two parameters that were added to each other the same tensor.
+            gradients = [
+                new if old is None else old if new is None else old + new for old, new in zip(gradients, found)
+            ]
         assert total is not None
+        if all(gradient is None for gradient in gradients):
+            return total
         loss_with_gradients: Tensor = _Differentiated.apply(total, gradients, *weights)
         return loss_with_gradients
 

@@ -54,7 +54,7 @@ class FewShotTrainConfig:
     learning_rate: float = 1e-3
     optimizer: Literal["adam", "sgd"] = "adam"
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate stays, or falls to zero at the last step."""
+    """The learning rate stays, or falls towards zero, where it would be after the last step."""
     halve_every: int | None = None
     """Halve the learning rate after every so many steps, besides the schedule (Snell et al. 2017: 2000)."""
     clip_value: float | None = None
@@ -66,15 +66,21 @@ class FewShotTrainConfig:
     """Frozen episodes of the validation classes that decide which weights are kept."""
     checkpoint_every: int = 100
     max_skipped: int = 100
-    """Steps whose gradient is not finite are skipped; more than this many stop the run."""
+    """Steps whose gradient, or what they would leave in running averages, is not finite are skipped; more than this
+    many stop the run."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "episodes_per_step", "validate_every", "validation_episodes", "checkpoint_every"):
+        counts = ("steps", "episodes_per_step", "validate_every", "validation_episodes", "checkpoint_every")
+        for name in (*counts, *(["halve_every"] if self.halve_every is not None else [])):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.max_skipped < 0:
+            raise ValueError(f"max_skipped must not be negative, got {self.max_skipped}")
+        for name in ("learning_rate", "clip_value", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
         if self.optimizer not in ("adam", "sgd") or self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(
                 f"optimizer must be adam or sgd and schedule constant, linear or cosine, got {self.optimizer!r} and "
@@ -153,10 +159,10 @@ def episode_source(
 ) -> EpisodeSource:
     """Episodes of one part of a data set, ready to be drawn.
 
-    Raises as :func:`load_classes` and :class:`FewShotTask`. Sine waves are the same in all parts.
+    Raises as :func:`load_classes` and :class:`FewShotTask`.
     """
     if data == "sinusoid":
-        return Sinusoid(shape.shots, shape.queries)
+        return Sinusoid(shape.shots, shape.queries, part)
     return FewShotTask(load_classes(data, part, root), shape.ways, shape.shots, shape.queries)
 
 
@@ -231,7 +237,7 @@ class FewShotRun:
             stop: Asked once in every step; stop cleanly where it says so.
 
         Raises:
-            TrainingError: more than ``max_skipped`` steps had a gradient that is not finite.
+            TrainingError: more than ``max_skipped`` steps were skipped.
         """
         config = self.recipe.training
         truncate_log(self.folder / "log.jsonl", self.step)
@@ -353,16 +359,20 @@ class FewShotRun:
         self.learner.train()
         self.learner.set_progress(self.step / config.steps)
         self.optimizer.zero_grad()
+        buffers = list(self.learner.buffers())
+        before = [buffer.clone() for buffer in buffers]
         loss = self.learner.training_step(self.source, self.generator)
         if loss.requires_grad:
             loss.backward()
         parameters = [p for p in self.learner.parameters() if p.grad is not None]
         if config.clip_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, config.clip_value)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
-        if torch.isfinite(norm):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if config.clip_norm is None else config.clip_norm)
+        if all(bool(value.isfinite().all()) for value in (norm, *buffers)):
             self.optimizer.step()
         else:
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
             self._skip()
         self.step += 1
         return loss.item()
@@ -371,8 +381,8 @@ class FewShotRun:
         self.skipped += 1
         if self.skipped > self.recipe.training.max_skipped:
             raise TrainingError(
-                f"{self.skipped} steps had a gradient that is not finite, the last at step {self.step}; lower the "
-                "learning rates, or clip the gradient"
+                f"{self.skipped} steps had a gradient or statistics that are not finite, the last at step {self.step}; "
+                "lower the learning rates, clip the gradient, or look for bad images"
             )
 
     def _validate(self) -> dict[str, float]:

@@ -18,7 +18,6 @@ from learnedopt.data import scripts
 from learnedopt.fewshot import FewShotTask, load_classes, load_split
 from learnedopt.fewshot.datasets import (
     GLYPH_SCRIPTS,
-    PARTS,
     Split,
     cifar_fs,
     glyphs,
@@ -26,6 +25,7 @@ from learnedopt.fewshot.datasets import (
     omniglot,
     split_names,
 )
+from learnedopt.fewshot.episodes import PARTS
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -33,7 +33,8 @@ from learnedopt.fewshot import (
     load_recipes,
     load_split,
 )
-from learnedopt.fewshot.datasets import PARTS, split_names
+from learnedopt.fewshot.datasets import split_names
+from learnedopt.fewshot.episodes import PARTS
 from learnedopt.fewshot.learners import MAMLConfig, MatchingConfig, ProtoNetConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ from torch import Generator, Tensor
 
 from learnedopt.fewshot import ClassSet, EpisodeIndices, Episodes, FewShotTask, Sinusoid, TrainingSource, load_split
 from learnedopt.fewshot import datasets as datasets_module
-from learnedopt.fewshot.datasets import GLYPH_SCRIPTS, PARTS, check_frozen, frozen_key
-from learnedopt.fewshot.episodes import draw_indices, frozen_indices
+from learnedopt.fewshot.datasets import GLYPH_SCRIPTS, check_frozen, frozen_key
+from learnedopt.fewshot.episodes import PARTS, Part, draw_indices, frozen_indices
 
 
 def numbered(counts: tuple[int, ...]) -> ClassSet:
@@ -101,7 +101,7 @@ def split_counts() -> dict[str, list[int]]:
     return counts
 
 
-def load_classes_names(part: datasets_module.Part) -> list[str]:
+def load_classes_names(part: Part) -> list[str]:
     from learnedopt.data import scripts
 
     return [letter for script in GLYPH_SCRIPTS[part] for letter in scripts()[script][:30]]
@@ -206,3 +206,10 @@ def test_a_class_set_whose_parts_disagree_is_refused() -> None:
 def test_indices_say_which_is_support() -> None:
     first = EpisodeIndices(torch.tensor([[0, 1]]), torch.tensor([[[0, 1], [1, 0]]]), shots=1)
     assert first.sha256() == dataclasses.replace(first).sha256() != dataclasses.replace(first, shots=2).sha256()
+
+
+def test_no_wave_for_validation_is_one_for_the_test() -> None:
+    test, validation = (Sinusoid(shots=3, queries=4, part=part).frozen(20) for part in ("test", "validation"))
+    assert not torch.isin(validation.support_x, test.support_x).any()
+    with pytest.raises(ValueError, match="part must be one of"):
+        Sinusoid(part="all")  # type: ignore[arg-type]

@@ -103,9 +103,11 @@ def test_batches_change_nothing_and_the_learner_is_left_as_it_was(config: Learne
     learner = config.build(Conv4(width=4), LearnerShape((1, 16, 16), 3), torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in learner.state_dict().items()}
     assert learner.training
+    frozen = next(module for module in learner.modules() if isinstance(module, torch.nn.Conv2d)).eval()
     results = [evaluate(learner, task.frozen(7), batch_size) for batch_size in (1, 3, 7)]
     assert results[0].values == results[1].values == results[2].values and results[0].n == 7
-    assert learner.training, "evaluation must leave the mode as it was"
+    modes = [module.training for module in learner.modules() if module is not frozen]
+    assert all(modes) and not frozen.training, "evaluation must leave the mode as it was"
     assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
     assert all(weight.grad is None for weight in learner.parameters())
 

@@ -15,6 +15,7 @@ from learnedopt.fewshot.evaluate import evaluate
 from learnedopt.fewshot.learner import LearnerShape
 from learnedopt.fewshot.learners import LEARNERS
 from learnedopt.fewshot.normalization import batch_norms
+from learnedopt.rules import MetaLSTMConfig
 from tests.fewshot.support import (
     CLASSES,
     EXAMPLE,
@@ -176,6 +177,38 @@ def test_how_many_episodes_go_together_depends_on_the_network(downsample: Any, s
     assert make("maml").fit(some.support_x, some.support_y).sizes == [45]
 
 
+class Added(nn.Module):
+    """Layers whose weights are the sums of two: autograd hands both the same gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4, generator=generator(1), dtype=torch.float64))
+        self.change = nn.Parameter(torch.zeros(5, 4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ (self.weight + self.change).T)
+
+
+@pytest.mark.parametrize("kind", EPISODIC)
+def test_gradients_of_weights_that_are_added_are_counted_once(kind: str) -> None:
+    found = []
+    for at_once in (1, 3):
+        learner = (
+            LEARNERS[kind](episodes_at_once=at_once)
+            .build(Added(), LearnerShape(EXAMPLE, WAYS, CLASSES), generator(2))
+            .double()
+        )
+        found.append(meta_gradient(learner, episodes()))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("kind", EPISODIC)
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_the_meta_loss_in_evaluation_does_not_depend_on_how_many_go_together(kind: str, batch_norm: bool) -> None:
+    losses = [make(kind, batch_norm, episodes_at_once=n).eval().meta_loss(episodes()).detach() for n in (1, 3)]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 def test_the_meta_loss_scales_and_is_constant_without_gradients() -> None:
     some = episodes()
     learner = make("maml", episodes_at_once=1)
@@ -200,7 +233,10 @@ def test_training_moves_running_averages_once_for_every_pass(kind: str) -> None:
     assert torch.equal(norm.running_mean, before)
     learner.train().meta_loss(episodes())
     assert not torch.equal(norm.running_mean, before)
-    assert norm.num_batches_tracked % 3 == 0
+    # One for the support set before each update and one for queries at the end, which those that compare take together.
+    # MAML++ has queries after each of two updates, Reptile none.
+    passes = {"protonet": 1, "matching": 1, "meta_lstm": 4, "maml_pp": 4}
+    assert norm.num_batches_tracked == 3 * passes.get(kind, 2)
 
 
 def test_other_settings_for_the_same_weights() -> None:
@@ -212,6 +248,29 @@ def test_other_settings_for_the_same_weights() -> None:
     assert all(torch.equal(mine, its) for mine, its in zip(learner.parameters(), other.parameters()))
     with pytest.raises(ValueError, match="keeps no running averages: build it with normalization='running'"):
         make("maml").with_config(normalization="running")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("maml", {"adapted": "all"}),
+        ("matching", {"learned_scale": True}),
+        ("maml_pp", {"steps": 6}),
+        ("meta_sgd", {"initial_rates": (0.0, 0.1)}),
+        ("meta_lstm", {"rule": MetaLSTMConfig(hidden_size=3)}),
+    ],
+)
+def test_what_weights_there_are_cannot_change(kind: str, change: dict[str, Any]) -> None:
+    learner = make(kind)
+    with pytest.raises(ValueError, match=f"{next(iter(change))} of a {kind} cannot change once it is built"):
+        learner.with_config(**change)
+    own = {name: getattr(learner.config, name) for name in change}
+    assert learner.with_config(**own).config == learner.config
+
+
+def test_a_learner_begins_in_training_mode() -> None:
+    learner = LEARNERS["finetune"]().build(backbone().eval(), LearnerShape(EXAMPLE, WAYS, CLASSES))
+    assert all(module.training for module in learner.modules())
 
 
 def test_the_backbone_handed_over_is_copied() -> None:
@@ -297,6 +356,10 @@ def test_regression_and_classification_are_not_mixed_up() -> None:
         make("maml").fit(functions.support_x, functions.support_y)
     with pytest.raises(ValueError, match=r"made for 1 output\(s\), and the targets have 2"):
         make("maml", ways=None).fit(functions.support_x, functions.support_y.repeat(1, 1, 2))
+    x, y = functions.support_x, functions.support_y
+    for targets in (y.repeat(1, 1, 2), y[..., 0], y.long()):
+        with pytest.raises(ValueError, match="targets must be floating"):
+            Episodes(x, y, x, targets, None)
     x = SOME.support_x[..., :3]
     with pytest.raises(ValueError, match=r"made for examples of shape \(4,\)"):
         make("maml").meta_loss(Episodes(x, SOME.support_y, x, SOME.support_y, WAYS))
@@ -317,6 +380,13 @@ def test_regression_and_classification_are_not_mixed_up() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LEARNERS["maml"](**settings)
+
+
+def test_tables_of_batch_normalization_are_not_adapted() -> None:
+    with pytest.raises(ValueError, match="take adapted='all_but_norm'"):
+        make("maml_pp", adapted="all")
+    learner = make("maml_pp", adapted="all", per_step_norm_weights=False)
+    assert bool(learner.meta_loss(episodes()).isfinite())
 
 
 @pytest.mark.parametrize("kind", PRETRAINED)

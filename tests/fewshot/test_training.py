@@ -37,6 +37,7 @@ from learnedopt.fewshot import (
     load_recipes,
     save_learner,
 )
+from learnedopt.fewshot.episodes import PARTS, Part
 from learnedopt.fewshot.learners import FinetuneConfig, MAMLConfig, MAMLPlusPlusConfig, ProtoNetConfig, ReptileConfig
 from learnedopt.zoo import ZooError
 
@@ -56,8 +57,8 @@ SINE = FewShotRecipe(
 def blobs(monkeypatch: pytest.MonkeyPatch) -> str:
     """A data set of points around class means, a name in ``DATASETS``."""
 
-    def load(root: Path | None, part: datasets.Part) -> ClassSet:
-        generator = torch.Generator().manual_seed(datasets.PARTS.index(part))
+    def load(root: Path | None, part: Part) -> ClassSet:
+        generator = torch.Generator().manual_seed(PARTS.index(part))
         points = torch.randn(12, 1, 4, generator=generator) + 0.5 * torch.randn(12, 8, 4, generator=generator)
         return ClassSet(f"blobs/{part}", tuple(map(str, range(12))), points.flatten(0, 1), (8,) * 12)
 
@@ -197,9 +198,39 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(tmp
     )
     run = FewShotRun(broken, tmp_path)
     before = {name: weight.clone() for name, weight in run.learner.named_parameters()}
-    with pytest.raises(TrainingError, match="3 steps had a gradient that is not finite"):
+    with pytest.raises(TrainingError, match="3 steps had a gradient or statistics that are not finite"):
         finish(run)
     assert all(torch.equal(weight, before[name]) for name, weight in run.learner.named_parameters())
+
+
+def one_step(run: FewShotRun) -> None:
+    steps = run.run()
+    next(steps)
+    steps.close()
+
+
+@pytest.mark.parametrize("learner", [ProtoNetConfig(), MAMLConfig(normalization="running"), ReptileConfig()])
+def test_a_skipped_step_leaves_averages_as_they_were(
+    learner: Any, blobs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FewShotRun(classification(learner, blobs, batch_norm=True), tmp_path)
+    one_step(run)
+    before = {name: value.clone() for name, value in run.learner.state_dict().items() if name != "progress"}
+    drawn = type(run.source).episodes
+
+    def bad(source: Any, generator: torch.Generator) -> Any:
+        found = drawn(source, generator)
+        found.support_x[0, 0, 0] = math.nan
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run.source), "episodes", bad)
+        one_step(run)
+    assert run.skipped == 1
+    after = run.learner.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    one_step(run)
+    assert run.skipped == 1 and all(value.isfinite().all() for value in run.learner.state_dict().values())
 
 
 @pytest.mark.parametrize(
@@ -231,7 +262,20 @@ def test_gradients_are_clipped(clip: dict[str, Any], tmp_path: Path) -> None:
     assert 0.9e-4 < float(size) < 1.1e-4
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"learning_rate": 0.0}, {"optimizer": "lion"}, {"schedule": "step"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.inf},
+        {"optimizer": "lion"},
+        {"schedule": "step"},
+        {"clip_norm": 0.0},
+        {"clip_norm": -1.0},
+        {"clip_value": -1.0},
+        {"halve_every": 0},
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         FewShotTrainConfig(**({"steps": 1} | change))

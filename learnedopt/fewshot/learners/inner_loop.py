@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class InnerLoopConfig(LearnerConfig):
     ``"running"`` and training is over; queries get theirs as ``normalization`` says.
     """
 
+    built_in: ClassVar[frozenset[str]] = frozenset({"adapted"})
     adapted: Literal["all", "all_but_norm", "head"] = "all"
     """Which parameters are adapted: all; all but those of batch normalization, as in MAML's code; the read-out only.
     The others are meta-learned and shared by all episodes."""

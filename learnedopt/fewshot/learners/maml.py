@@ -107,6 +107,7 @@ class MetaSGDConfig(MAMLConfig):
     """Settings of :class:`MetaSGD`. ``learning_rate`` counts for nothing."""
 
     kind: ClassVar[str] = "meta_sgd"
+    built_in: ClassVar[frozenset[str]] = MAMLConfig.built_in | {"learning_rate", "initial_rates"}
     test_steps: int | None = None
     initial_rates: tuple[float, float] = (0.005, 0.1)
     """Range that the rates start in, uniformly; their scale depends on ``inner_loss``."""

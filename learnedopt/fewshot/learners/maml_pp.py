@@ -24,6 +24,13 @@ class MAMLPlusPlusConfig(MAMLConfig):
     """
 
     kind: ClassVar[str] = "maml_pp"
+    built_in: ClassVar[frozenset[str]] = MAMLConfig.built_in | {
+        "steps",
+        "learning_rate",
+        "learned_rates",
+        "per_step_norm_weights",
+        "per_step_norm_statistics",
+    }
     steps: int = 5
     test_steps: int | None = None
     inner_loss: Literal["mean", "sum_over_classes"] = "mean"
@@ -50,6 +57,11 @@ class MAMLPlusPlusConfig(MAMLConfig):
             raise ValueError(
                 "with adapted='head' the features do not change from step to step: switch off per_step_norm_weights "
                 "and per_step_norm_statistics"
+            )
+        if self.adapted == "all" and self.per_step_norm_weights:
+            raise ValueError(
+                "with per_step_norm_weights the scale and shift of batch normalization are learned for each step and "
+                "not adapted: take adapted='all_but_norm', or switch per_step_norm_weights off"
             )
         per_step = self.learned_rates or self.per_step_norm_weights or self.per_step_norm_statistics
         if per_step and (self.test_steps or 0) > self.steps:

@@ -21,6 +21,7 @@ class MatchingConfig(EmbeddingConfig):
     """Settings of :class:`MatchingNetwork`."""
 
     kind: ClassVar[str] = "matching"
+    built_in: ClassVar[frozenset[str]] = frozenset({"full_context", "scale", "learned_scale"})
     full_context: bool = False
     """Embed every example in the light of the whole support set."""
     attention_steps: int = 3

@@ -27,6 +27,7 @@ class MetaLSTMLearnerConfig(InnerLoopConfig):
     """
 
     kind: ClassVar[str] = "meta_lstm"
+    built_in: ClassVar[frozenset[str]] = InnerLoopConfig.built_in | {"rule"}
     steps: int = 12
     first_order: bool = True
     """Treat the gradients and losses that the LSTM reads as constants, as published; otherwise their derivatives count
