@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except (MetaTrainingError, fewshot.TrainingError) as error:
         return _fail(error, 1)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -178,8 +178,9 @@ def read_config(folder: Path, keys: Mapping[str, type]) -> dict[str, Any]:
         ZooError: it is missing, malformed, incomplete, or was written by a newer version.
     """
     file = folder / CONFIG
+    text = _read(file)
     try:
-        values = json.loads(_read(file))
+        values = json.loads(text)
     except ValueError as error:
         raise ZooError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):

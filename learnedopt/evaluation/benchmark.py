@@ -38,6 +38,8 @@ from learnedopt.meta.recipe import source_commit
 
 YARDSTICK = "adam"
 """Whose envelope over learning rates the normalised speed-up is measured by."""
+MULTIPLES = (1, 2, 5, 10)
+"""Of the horizon, at which results can be judged."""
 Tuning = Literal["all", "none"]
 
 
@@ -48,7 +50,7 @@ class Plan:
     horizon: int = 500
     """Steps that count as 1×."""
     multiples: tuple[int, ...] = (1,)
-    """Of the horizon, at which runs are judged."""
+    """Of the horizon, at which runs are judged; some of :data:`MULTIPLES`."""
     selection_seeds: int = 2
     reporting_seeds: int = 10
     tuning: Tuning = "all"
@@ -64,8 +66,10 @@ class Plan:
                 "a benchmark needs a horizon of at least 10 steps, from 100 on a multiple of its fiftieth, and at "
                 f"least one seed of either kind; got {self.horizon}, {self.selection_seeds}, {self.reporting_seeds}"
             )
-        if not self.multiples or min(self.multiples) < 1:
-            raise ValueError(f"multiples of the horizon must be whole numbers from 1, got {self.multiples}")
+        if not self.multiples or not set(self.multiples) <= set(MULTIPLES):
+            raise ValueError(
+                f"multiples of the horizon must be some of {', '.join(map(str, MULTIPLES))}, got {self.multiples}"
+            )
 
     @property
     def every(self) -> int:
@@ -98,7 +102,7 @@ class Benchmark:
     """A plan, what it is carried out on, and the file that results go to.
 
     What the file already holds is not run again, so that a benchmark may be stopped and continued, extended by
-    contenders, tasks and horizons, or spread over invocations.
+    contenders, tasks and multiples of the horizon, or spread over invocations.
     """
 
     path: Path
@@ -111,10 +115,21 @@ class Benchmark:
     def run(self, processes: int = 1) -> Generator[str, None, None]:
         """Run what is missing; yields a line about everything that finished.
 
-        Raises ``ValueError`` for an unknown task or contender, before anything runs.
+        Raises ``ValueError`` for an unknown task or contender, and for a file that holds runs of another horizon or
+        number of seeds, before anything runs.
         """
         tasks = find_tasks(self.tasks)
         done = _Done(records.read(self.path) if self.path.exists() else [])
+        for record in done.of_kind("run"):
+            theirs, ours = (
+                (record["horizon"], record["seeds"]["copies"]),
+                (self.plan.horizon, self.plan.reporting_seeds),
+            )
+            if theirs != ours:
+                raise ValueError(
+                    f"{self.path} holds runs with a horizon of {theirs[0]} steps on {theirs[1]} seed(s), which cannot "
+                    f"stand beside {ours[0]} steps and {ours[1]} seed(s): give these a file of their own"
+                )
         contenders = []
         for name in self.contenders:
             try:
@@ -326,7 +341,7 @@ class _Runner:
     def _train(
         self, settings: Sequence[Setting], steps: int, seed: int, copies: int, held_out: bool = False
     ) -> Measurements:
-        every = self._plan.every
+        every, horizon = self._plan.every, self._plan.horizon
         return train(
             self._family,
             self._contender,
@@ -335,7 +350,7 @@ class _Runner:
             seed,
             copies,
             every=every,
-            held_out_every=5 * every if held_out else None,
+            held_out_at=(*range(0, steps + 1, 5 * every), *range(0, steps + 1, horizon)) if held_out else (),
             shared=self._shared,
         )
 

@@ -166,16 +166,24 @@ def from_class(name: str) -> Contender:
     around that.
 
     Raises:
-        ValueError: there is no such class, or it cannot be constructed from parameters alone.
+        ValueError: there is no such class, it cannot be constructed from parameters alone, or it cannot take a step
+            after ``backward``.
     """
     module, _, attribute = name.partition(":")
     try:
         optimizer = getattr(importlib.import_module(module), attribute)
-        lr = float(optimizer([torch.zeros(2, 2, requires_grad=True)]).defaults["lr"])
+        param = torch.zeros(2, 2, requires_grad=True)
+        made = optimizer([param])
+        lr = float(made.defaults["lr"])
     except (ImportError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(
             f"{name!r} is not an optimizer that can be made from parameters alone and has a default lr: {error}"
         ) from error
+    param.grad = torch.ones(2, 2)
+    try:
+        made.step()
+    except Exception as error:
+        raise ValueError(f"{name!r} cannot take a step as the benchmark does, after backward: {error}") from error
     center = math.log10(lr) if lr > 0 else -3.0
     grid = tuple(float(f"{10 ** (center + i / 4):.3g}") for i in range(-7, 8))
     learned = isinstance(optimizer, type) and issubclass(optimizer, LearnedOptimizer)

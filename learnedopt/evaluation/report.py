@@ -120,6 +120,8 @@ def _summary(results: Results, horizon: int) -> Table:
     whole = [entry for entry in entries if results.complete(entry, horizon)]
     scores = {}
     for column, (of, held_out) in enumerate((("steps", False), ("seconds", False), ("steps", True))):
+        if all(results.target(task, horizon, held_out) is None for task in results.tasks):
+            continue
         for entry, score in zip(whole, profile_score(results.profile(whole, horizon, of, held_out)) if whole else []):
             scores[entry, column] = f"{score:.2f}"
     rows = []
@@ -231,7 +233,10 @@ def _losses(results: Results, horizon: int) -> Iterator[str]:
             comparison = results.compare(entry, other, horizon) if other in results.entries else None
             if comparison is None:
                 continue
-            worse = [f"{task} ({factor:.3g}×)" for task, factor in losses_of(results, entry, other, horizon)]
+            worse = [
+                task if factor is None else f"{task} ({factor:.3g}×)"
+                for task, factor in losses_of(results, entry, other, horizon)
+            ]
             yield (
                 f"{entry} against {other} at {horizon} steps: ends above it on {len(worse)} of {comparison.tasks}"
                 + (f": {', '.join(worse)}" if worse else "")

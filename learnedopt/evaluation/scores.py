@@ -9,14 +9,12 @@ from functools import cached_property
 
 import numpy as np
 
-from learnedopt.evaluation.benchmark import YARDSTICK, best_setting, find_run, find_sweep
+from learnedopt.evaluation.benchmark import MULTIPLES, YARDSTICK, best_setting, find_run, find_sweep
 from learnedopt.evaluation.contenders import Setting
 from learnedopt.evaluation.records import Record, decode, of_kind
 from learnedopt.evaluation.statistics import RESAMPLES, Estimate, Values
 from learnedopt.evaluation.tasks import TASK_SETS, task_names
 
-MULTIPLES = (1, 2, 5, 10)
-"""Of the horizon, at which results are judged where there are any."""
 TAUS: Values = np.linspace(1.0, 4.0, 301)
 """Where performance profiles are evaluated, and what their score integrates over."""
 
@@ -43,7 +41,8 @@ class Comparison:
     """Tasks where the paired Wilcoxon test over seeds says better with p < 0.05, two-sided and not corrected."""
     surely_worse: int
     p: float
-    """Of the paired Wilcoxon test over tasks, on the logarithm of the ratio of medians; 1 for fewer than two tasks."""
+    """Of the paired Wilcoxon test over tasks, on the logarithm of the ratio of medians. Tasks where one is negative are
+    left out; 1 for fewer than two."""
 
 
 class Results:
@@ -108,7 +107,7 @@ class Results:
 
     @cached_property
     def horizons(self) -> list[int]:
-        """Those of :data:`MULTIPLES` at which anything was run, in steps."""
+        """Those of :data:`~learnedopt.evaluation.benchmark.MULTIPLES` at which anything was run, in steps."""
         steps = [record["steps"] for record in of_kind(self.records, "run")]
         return [self.horizon * multiple for multiple in MULTIPLES if max(steps) >= self.horizon * multiple]
 
@@ -187,7 +186,7 @@ class Results:
         sweeps = [record for record in of_kind(self._about.get((task, YARDSTICK), []), "sweep") if "curves" in record]
         if not sweeps:
             return None
-        longest = max(sweeps, key=lambda record: record["steps"])
+        longest = max(reversed(sweeps), key=lambda record: record["steps"])  # of equal ones the last, as in `sweep`
         lowest = decode(longest["curves"]).min(0)
         return np.array(longest["curves_at"], dtype=np.float64), np.minimum.accumulate(lowest)
 
@@ -220,7 +219,8 @@ class Results:
             return None
         if held_out:
             until = record["held_out_at"].index(horizon) + 1
-            return 1.02 * float(np.median(decode(record["held_out"])[:, :until].min(1)))
+            lowest = float(np.median(decode(record["held_out"])[:, :until].min(1)))
+            return (1.02 if lowest > 0 else 0.98) * lowest
         place = int(np.searchsorted(record["at"], 0.75 * horizon))
         return float(np.median(decode(record["losses"])[:, place]))
 
@@ -248,7 +248,7 @@ class Results:
             return None
         medians = [(float(np.median(a)), float(np.median(b))) for a, b in both]
         tests = [paired_test(a, b) for a, b in both]
-        ratios = np.array([_log_ratio(a, b) for a, b in medians])
+        ratios = np.array([_log_ratio(a, b) for a, b in medians if min(a, b) >= 0])
         return Comparison(
             better=sum(a < b for a, b in medians),
             tasks=len(both),
@@ -381,9 +381,10 @@ def _log_ratio(ours: float, theirs: float) -> float:
     return math.log(max(ours, tiny) / max(theirs, tiny))
 
 
-def losses_of(results: Results, ours: Entry, theirs: Entry, horizon: int) -> Iterator[tuple[str, float]]:
-    """The tasks on which ``ours`` ends above ``theirs``, and by what factor of the median loss."""
+def losses_of(results: Results, ours: Entry, theirs: Entry, horizon: int) -> Iterator[tuple[str, float | None]]:
+    """The tasks on which ``ours`` ends above ``theirs``, and by what factor of the median loss if none is negative."""
     for task in results.tasks:
         a, b = results.final(task, ours, horizon), results.final(task, theirs, horizon)
         if a is not None and b is not None and np.median(a) > np.median(b):
-            yield task, math.exp(min(_log_ratio(float(np.median(a)), float(np.median(b))), 700.0))
+            medians = float(np.median(a)), float(np.median(b))
+            yield task, math.exp(min(_log_ratio(*medians), 700.0)) if min(medians) >= 0 else None

@@ -65,7 +65,7 @@ def train(
     copies: int,
     *,
     every: int = 10,
-    held_out_every: int | None = None,
+    held_out_at: Iterable[int] = (),
     shared: bool = True,
 ) -> Measurements:
     """Train every copy of a task under every setting for ``steps`` steps.
@@ -82,7 +82,8 @@ def train(
 
     Args:
         every: Steps between measurements of the training loss; the last step is measured in any case.
-        held_out_every: The same for the validation split; without it, none is made.
+        held_out_at: The steps, among these, at which the loss on the validation split is measured too; if any are
+            given, also the last.
         shared: Whether the copies' data are the same, so that one set of batches can be measured on by all copies,
             whatever the seed. Otherwise each copy has its own.
     """
@@ -95,15 +96,16 @@ def train(
     fleet = Fleet(contender, settings, theta, params)
 
     probed = family.draw(Generator().manual_seed(seed), 1) if shared else task
+    chosen = tuple(held_out_at)
     training = _Probe(probed, flat, "train", range(0, steps + 1, every), steps, copies)
-    held_out = _Probe(probed, flat, "validation", range(0, steps + 1, held_out_every or 1), steps, copies)
+    held_out = _Probe(probed, flat, "validation", chosen, steps, copies)
     diverged = torch.full((len(settings), copies), -1)
     first: Tensor | None = None
     for step in range(steps + 1):
         if step in training.at:
             fleet.eval()
             training.measure(theta, diverged)
-            if held_out_every is not None and step in held_out.at:
+            if chosen and step in held_out.at:
                 held_out.measure(theta, diverged, classes=True)
             fleet.train()
         if step == steps:
@@ -119,7 +121,7 @@ def train(
     return Measurements(
         at=training.at,
         losses=smooth(np.stack(training.losses), DECAY**every),
-        held_out_at=held_out.at if held_out_every is not None else (),
+        held_out_at=held_out.at if chosen else (),
         held_out=np.array(held_out.losses),
         accuracy=np.stack(held_out.accuracies) if held_out.accuracies else None,
         diverged=diverged.numpy(),
@@ -129,14 +131,21 @@ def train(
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds of processor time per training step of one copy, on one thread; medians over steps."""
+    """Milliseconds of processor time per training step of one copy, on one thread."""
 
     gradient: float
     optimizer: float
 
 
-def step_cost(family: TaskFamily, contender: Contender, steps: int = 40) -> Cost:
-    """What a step costs one who trains one model: the gradient, and ``optimizer.step()`` on its tensors."""
+_WARMUP, _PERIOD, _PERIODS = 10, 10, 5
+
+
+def step_cost(family: TaskFamily, contender: Contender) -> Cost:
+    """What a step costs one who trains one model: the gradient, and ``optimizer.step()`` on its tensors.
+
+    Ten steps are not counted; then come five times ten, and of their means the median: some optimizers do at every
+    tenth step what a median of single steps would leave out.
+    """
     generator = Generator().manual_seed(0)
     task = family.draw(generator, 1)
     params = {name: value[0].clone().requires_grad_() for name, value in task.init(generator).items()}
@@ -148,8 +157,8 @@ def step_cost(family: TaskFamily, contender: Contender, steps: int = 40) -> Cost
         optimizer = contender.make(list(params.values()), contender.default)
     if contender.averages:
         optimizer.train()  # type: ignore[attr-defined]
-    seconds = np.empty((steps, 2))
-    for step in range(steps):
+    seconds = np.empty((_WARMUP + _PERIODS * _PERIOD, 2))
+    for step in range(len(seconds)):
         batch = tuple(item[0] for item in task.sample(generator))
         begin = time.process_time()
         loss = task.loss(params, batch)
@@ -162,7 +171,8 @@ def step_cost(family: TaskFamily, contender: Contender, steps: int = 40) -> Cost
             optimizer.observe(loss)
         optimizer.step()
         seconds[step] = middle - begin, time.process_time() - middle
-    gradient, own = 1000 * np.median(seconds, axis=0)
+    means = seconds[_WARMUP:].reshape(_PERIODS, _PERIOD, 2).mean(1)
+    gradient, own = 1000 * np.median(means, axis=0)
     return Cost(float(gradient), float(own))
 
 

@@ -19,7 +19,7 @@ def computed(rule: UpdateRule, config: MetaTrainConfig) -> tuple[UpdateRule, str
     The result shares the parameters of ``rule``: gradients through it, and changes to it, are the rule's own.
 
     Raises:
-        RuntimeError: the native backend was asked for and cannot be had here.
+        ValueError: the native backend was asked for and cannot be had here.
     """
     if config.backend == "compiled":
         return compiled(rule), "compiled"
@@ -28,7 +28,7 @@ def computed(rule: UpdateRule, config: MetaTrainConfig) -> tuple[UpdateRule, str
         if reason is None:
             return fused(rule), "native"
         if config.backend == "native":
-            raise RuntimeError(f"the native backend was asked for and cannot be had: {reason}")
+            raise ValueError(f"the native backend was asked for and cannot be had: {reason}")
     return rule, "reference"
 
 

@@ -40,9 +40,9 @@ class MetaTrainConfig:
     """The longest horizon grows linearly from the shortest to its full length over this many updates; 0 for none."""
     stages: tuple[int, ...] = ()
     """Curriculum of Chen et al. 2020 (arXiv:2010.09089, section 3.1), instead of ``horizon``: every episode of a stage
-    has this many steps. Validation runs at the length of the next stage. After ``patience`` validations without a
-    better one a stage is over: its best weights go on to the next. The end of the last is the end of training; it has
-    to do better than the one before, whose weights are kept if it does not."""
+    has this many steps, rounded up to whole windows. Validation runs at the length of the next stage. After
+    ``patience`` validations without a better one a stage is over: its best weights go on to the next. The end of the
+    last is the end of training; it has to do better than the one before, whose weights are kept if it does not."""
     episodes: int = 1
     """Windows per update, each of another episode with its own task structure; their meta-gradients are averaged.
     Processes that train together share them, so it must be a multiple of their number."""

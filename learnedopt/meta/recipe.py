@@ -249,7 +249,8 @@ class MetaTrainingRun:
                 **({"start": recipe.start, "start_sha256": self._start} if recipe.start else {}),
                 "updates": trainer.update,
                 "best_update": trainer.best_update,
-                "best_validation": trainer.best_score,
+                # A search does not judge what comes out of it.
+                **({"best_validation": trainer.best_score} if isinstance(trainer, MetaTrainer) else {}),
                 "seconds": round(trainer.seconds),
                 "hardware": hardware(next(trainer.rule.parameters()).device),
                 "torch": str(torch.__version__),
@@ -322,8 +323,10 @@ def read_checkpoint(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 def truncate_log(log: Path, lines: int) -> None:
     """Keep the first ``lines`` lines; those beyond a checkpoint, the last maybe unfinished, are written again."""
     if log.exists():
-        kept = log.read_text().splitlines()[:lines]
-        log.write_text("".join(line + "\n" for line in kept))
+        with log.open("rb+") as file:
+            for _ in range(lines):
+                file.readline()
+            file.truncate(file.tell())
 
 
 def _scalars(board: Any, record: dict[str, Any]) -> None:

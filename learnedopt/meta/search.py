@@ -133,7 +133,7 @@ class Search:
 
     @property
     def best_update(self) -> int:
-        """The generation that the best rule is of: the last."""
+        """The generation that the best rule comes out of: the last."""
         return self.update
 
     @property
@@ -149,10 +149,11 @@ class Search:
     def run(self, time_limit: float = math.inf, stop: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any]]:
         """Search on, yielding one record per generation.
 
-        A record holds ``update``, ``meta_loss`` (minus the mean gain of the centre of the distribution), ``gains``
-        (the centre's on each task), ``std`` (of the distribution, in units of the scales), ``steps`` (inner steps,
-        counted once per copy and setting), ``center`` (the weights there, less their start) and ``seconds``. Stops
-        cleanly after ``time_limit`` seconds or when ``stop`` says so.
+        A record holds ``update``, ``meta_loss`` (minus the mean gain of the centre of the distribution that the
+        generation was drawn from), ``gains`` (that centre's on each task), ``steps`` (inner steps, counted once per
+        copy and setting), then of the distribution that came out of it ``std`` (in units of the scales) and ``center``
+        (the weights there, less their start), and ``seconds``. Stops cleanly after ``time_limit`` seconds or when
+        ``stop`` says so.
         """
         started, before = time.perf_counter(), self.seconds
         asked = False
@@ -175,7 +176,7 @@ class Search:
             }
 
     def best_rule(self) -> UpdateRule:
-        """The rule at the centre of the distribution."""
+        """The rule at the centre of the distribution that came out of the last generation. It has not been judged."""
         rule = build_rule(self.rule.config).to(self._start.device).requires_grad_(False)
         weights = self._weights((self._search.mean * self._scales)[None])[0]
         torch.nn.utils.vector_to_parameters(weights, rule.parameters())

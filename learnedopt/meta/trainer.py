@@ -326,9 +326,9 @@ class MetaTrainer:
             self.rule.load_state_dict(self.best_weights)
             if self.average is not None:
                 self.average.module.load_state_dict(self.best_weights)
-            # The last stage but one is judged at the same length as the last, which has to do better.
+            # The next stage has to do better than what it begins with. The last has the length of the one before.
             if self._validation_horizon() != judged:
-                self.best_score = math.inf
+                self.best_score = self.validate()
             self._last_better = self.update
             for index in self._slots:
                 self._next(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from pathlib import Path
@@ -147,7 +148,40 @@ def test_a_family_of_ones_own_is_run_and_reported_on(tmp_path: Path, monkeypatch
     assert "| quadratic |" not in (tmp_path / "one" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("settings", [{"horizon": 5}, {"horizon": 507}, {"reporting_seeds": 0}, {"multiples": ()}])
+def test_a_family_that_draws_networks_of_several_shapes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be tuned on one and judged on another."""
+    (tmp_path / "drawn_tasks.py").write_text("from learnedopt.tasks import Regression\nFAMILY = Regression()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="draws networks of several shapes"):
+        list(Benchmark(tmp_path / "results.jsonl", ("drawn_tasks:FAMILY",), ("adam",), PLAN).run())
+    monkeypatch.delitem(sys.modules, "drawn_tasks")
+
+
+@pytest.mark.parametrize("change", [{"horizon": 20}, {"reporting_seeds": 4}])
+def test_a_file_takes_no_runs_that_cannot_be_reported_on_together(finished: Path, change: dict[str, Any]) -> None:
+    before = finished.read_bytes()
+    with pytest.raises(ValueError, match="give these a file of their own"):
+        list(Benchmark(finished, TASKS, ("adam",), dataclasses.replace(PLAN, **change)).run())
+    assert finished.read_bytes() == before
+
+
+def test_any_horizon_that_can_be_run_can_be_reported_on(tmp_path: Path) -> None:
+    """Held-out losses are measured at every fifth measurement, and at the horizon too."""
+    plan = Plan(horizon=12, multiples=(1, 2), selection_seeds=1, reporting_seeds=1, tuning="none")
+    path = tmp_path / "results.jsonl"
+    list(Benchmark(path, ("quadratic",), ("adam",), plan).run())
+    summary = write_report([path], tmp_path / "report")
+    assert "12 steps" in summary and "24 steps" in summary
+    page = (tmp_path / "report" / "report.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| adam | 1 of 1 |")]
+    assert rows and all(line.endswith("|  |  |  |") for line in rows), "nobody has said what is to be reached"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"horizon": 5}, {"horizon": 507}, {"reporting_seeds": 0}, {"multiples": ()}, {"multiples": (3,)}]
+)
 def test_plans_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="horizon"):
         Plan(**settings)

@@ -142,6 +142,29 @@ def test_comparisons_count_tasks_and_say_which_are_sure(results: Results) -> Non
     assert task == "vae" and factor == pytest.approx(1.5)
 
 
+def test_losses_may_be_negative() -> None:
+    """As log likelihoods are: targets stay above what is lowest, and there are no ratios."""
+    found = records()
+    for record in found:
+        if record["kind"] == "run":
+            for key in ("losses", "held_out"):
+                record[key] = [[value if value is None else value - 10.0 for value in row] for row in record[key]]
+    results = Results(found)
+    target = results.target("siren", 100, held_out=True)
+    assert target is not None and -9.0 < target < -8.8
+    reached = results.steps_to_target("siren", TUNED, 100, held_out=True)
+    assert reached is not None and np.isfinite(reached).all()
+    comparison = results.compare(RULE, TUNED, 100)
+    assert comparison is not None and (comparison.better, comparison.p) == (1, 1.0)
+    assert list(losses_of(results, RULE, TUNED, 100)) == [("vae", None)]
+
+
+def test_of_two_sweeps_the_last_counts_for_the_envelope_too() -> None:
+    newer = [sweep(task) | {"curves": [[4.0, 0.9, 0.9, 0.9], [4.0, 2.0, 0.4, 0.05]]} for task in TASKS]
+    envelope = Results([*records(), *newer]).envelope("siren")
+    assert envelope is not None and envelope[1].tolist() == [4.0, 0.9, 0.4, 0.05]
+
+
 def test_seconds_are_steps_times_their_cost(results: Results) -> None:
     # The target is tuned Adam's loss at three quarters, measured at the next checkpoint: 1.0.
     steps, seconds = (f("siren", RULE, 100) for f in (results.steps_to_target, results.seconds_to_target))

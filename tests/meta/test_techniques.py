@@ -130,7 +130,8 @@ STAGED = replace(CONFIG, updates=60, stages=(2, 4, 8), patience=2)
 
 def test_a_stage_ends_when_it_brings_no_more_and_hands_on_its_best_weights() -> None:
     trainer = MetaTrainer(RULE, FAMILY, STAGED)
-    scores = iter([3.0, 2.0, 2.5, 2.5] + [9.0, 9.5, 9.5] + [8.0, 7.0, 8.0, 8.0] + [0.0] * 20)
+    # 9.2 is what the second stage begins with, at its own length.
+    scores = iter([3.0, 2.0, 2.5, 2.5] + [9.2] + [9.0, 9.5, 9.5] + [8.0, 7.0, 8.0, 8.0] + [0.0] * 20)
     trainer.validate = lambda: next(scores)  # type: ignore[method-assign]
     log, best = [], None
     for record in trainer.run():
@@ -150,12 +151,23 @@ def test_a_stage_ends_when_it_brings_no_more_and_hands_on_its_best_weights() -> 
 
 def test_the_last_stage_has_to_do_better_than_the_one_before() -> None:
     trainer = MetaTrainer(RULE, FAMILY, STAGED)
-    scores = iter([1.0, 2.0, 2.0, 5.0, 6.0, 6.0, 7.0, 7.0])
+    scores = iter([1.0, 2.0, 2.0, 5.5, 5.0, 6.0, 6.0, 7.0, 7.0])
     trainer.validate = lambda: next(scores)  # type: ignore[method-assign]
     for record in trainer.run():
         if record.get("validation") == 5.0:
             best = trainer._weights()
     assert (trainer.stage, trainer.best_score) == (2, 5.0)
+    assert_same(trainer.best_weights, best)
+
+
+def test_a_stage_that_finds_nothing_better_keeps_what_it_began_with() -> None:
+    trainer = MetaTrainer(RULE, FAMILY, STAGED)
+    scores = iter([1.0, 2.0, 2.0, 4.0, 5.0, 6.0, 7.0, 7.0])
+    trainer.validate = lambda: next(scores)  # type: ignore[method-assign]
+    for record in trainer.run():
+        if record.get("validation") == 1.0:
+            best = trainer._weights()
+    assert (trainer.stage, trainer.best_score) == (2, 4.0)
     assert_same(trainer.best_weights, best)
 
 
@@ -269,14 +281,14 @@ class WithoutLSTM(LSTMRule):
 )
 def test_what_the_kernels_cannot_compute_is_not_called_native(rule: UpdateRule, reason: str) -> None:
     assert computed(rule, replace(CONFIG, backend="auto")) == (rule, "reference")
-    with pytest.raises(RuntimeError, match=f"the native backend was asked for and cannot be had: {reason}"):
+    with pytest.raises(ValueError, match=f"the native backend was asked for and cannot be had: {reason}"):
         computed(rule, replace(CONFIG, backend="native"))
 
 
 def test_without_a_compiler_the_native_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "why_unavailable", lambda: "no C++ compiler")
     assert MetaTrainer(RULE, FAMILY, replace(CONFIG, backend="auto")).backend == "reference"
-    with pytest.raises(RuntimeError, match=r"cannot be had: no C\+\+ compiler"):
+    with pytest.raises(ValueError, match=r"cannot be had: no C\+\+ compiler"):
         MetaTrainer(RULE, FAMILY, replace(CONFIG, backend="native"))
 
 

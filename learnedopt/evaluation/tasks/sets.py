@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from learnedopt.data import ImageData, cifar10, label_subset, mnist, textures
 from learnedopt.evaluation.tasks import convolutions, perceptrons, representations, sequences
 from learnedopt.evaluation.tasks.base import Always
@@ -200,6 +202,16 @@ def _own(name: str) -> BenchmarkTask:
         ) from error
     if not isinstance(family, TaskFamily):
         raise ValueError(f"{name!r} must be a learnedopt.tasks.TaskFamily, it is of the type {type(family).__name__}")
+    # What is tuned on, judged on and timed are draws of their own.
+    drawn = [family.draw(torch.Generator().manual_seed(seed), 1) for seed in range(5)]
+    shapes = [
+        {key: value.shape for key, value in task.init(torch.Generator().manual_seed(0)).items()} for task in drawn
+    ]
+    if any(other != shapes[0] for other in shapes):
+        raise ValueError(
+            f"{name!r} draws networks of several shapes, and the benchmark compares optimizers on one: narrow its "
+            "ranges to single values, and take one family for each network"
+        )
     return BenchmarkTask(name, "other", UNNAMED, lambda root: family, shared=False)
 
 
