@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -66,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "train small networks with the default rule, Adam and SGD, and compare")
     demo.add_argument("--out", type=Path, default=Path("learnedopt-demo.png"), help="picture to write (%(default)s)")
 
-    entries = commands.add_parser("zoo", help="the trained rules that come with the package")
+    entries = commands.add_parser("zoo", help="the trained rules and few-shot learners that come with the package")
     entry_commands = entries.add_subparsers(required=True, metavar="COMMAND")
-    _command(entry_commands, "list", _zoo_list, "their names")
+    _command(entry_commands, "list", _zoo_list, "their names, those of learners last")
     show = _command(entry_commands, "show", _zoo_show, "how one was made, what it is good at and where it fails")
     show.add_argument("name", metavar="NAME", help="a name in the zoo, or an entry's folder")
 
@@ -209,14 +209,18 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _zoo_list(arguments: argparse.Namespace) -> int:
-    entries = [zoo.entry_info(name) for name in zoo.list_entries()]
-    width = max((len(entry.name) for entry in entries), default=0)
-    for entry in entries:
-        print(f"{entry.name:<{width}}  {entry.description}")
+    rules = [zoo.entry_info(name) for name in zoo.list_entries()]
+    learners = [fewshot.learner_info(name) for name in fewshot.list_learners()]
+    for entries in (rules, learners):
+        width = max((len(entry.name) for entry in entries), default=0)
+        for entry in entries:
+            print(f"{entry.name:<{width}}  {entry.description}")
     return 0
 
 
 def _zoo_show(arguments: argparse.Namespace) -> int:
+    if arguments.name in fewshot.list_learners():
+        return _zoo_show_learner(arguments.name)
     entry, rule = zoo.entry_info(arguments.name), zoo.load_rule(arguments.name)
     facts: dict[str, object] = {
         "folder": entry.path,
@@ -226,10 +230,28 @@ def _zoo_show(arguments: argparse.Namespace) -> int:
         "state": _state(rule),
         "meta-training": _settings(entry.meta_training),
     }
+    _print_entry(facts, entry.card)
+    return 0
+
+
+def _zoo_show_learner(name: str) -> int:
+    entry, learner = fewshot.learner_info(name), fewshot.load_learner(name)
+    facts: dict[str, object] = {
+        "folder": entry.path,
+        "sha256": entry.sha256,
+        "learner": _settings(entry.learner.to_dict()),
+        "backbone": _settings(entry.backbone.to_dict()),
+        "weights": sum(weight.numel() for weight in learner.parameters()),
+        "training": _settings(entry.training),
+    }
+    _print_entry(facts, entry.card)
+    return 0
+
+
+def _print_entry(facts: Mapping[str, object], card: str) -> None:
     for name, value in facts.items():
         print(f"{name + ':':<17}{value}")
-    print(f"\n{entry.card.rstrip()}")
-    return 0
+    print(f"\n{card.rstrip()}")
 
 
 def _state(rule: UpdateRule) -> str:
@@ -239,14 +261,23 @@ def _state(rule: UpdateRule) -> str:
 
 
 def _zoo_train(arguments: argparse.Namespace) -> int:
-    zoo.entry_info(arguments.recipe)
+    is_learner = arguments.recipe in fewshot.list_learners()
+    if not is_learner:
+        zoo.entry_info(arguments.recipe)
     folder = arguments.out or Path("runs") / arguments.recipe
     there = (folder / "checkpoint.pt").exists()
     if there and not arguments.resume and not arguments.settings:
         raise ValueError(f"{folder} holds a run already: go on with it by --resume, or give another --out")
     if arguments.resume and not there:
         raise ValueError(f"there is no run to resume in {folder}: leave out --resume, or say where by --out")
-    return _meta_train(arguments)
+    if not is_learner:
+        return _meta_train(arguments)
+    if arguments.more or arguments.settings or arguments.tensorboard:
+        raise ValueError(
+            f"{arguments.recipe} is a few-shot learner, and settings of its recipe cannot be replaced here: "
+            "`learnedopt fewshot train` has options for seed and steps, and takes recipes of your own"
+        )
+    return _fewshot_train(argparse.Namespace(**vars(arguments) | {"out": folder, "seed": None, "steps": None}))
 
 
 def _benchmark_list(arguments: argparse.Namespace) -> int:

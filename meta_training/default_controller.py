@@ -1,7 +1,7 @@
 """The default with a recurrent controller of each tensor, both trained by PES on long episodes: tried, not shipped.
 
-After 1200 updates, best at 600, it is a little better than the default in validation (-6.830, default -6.804), and level
-with it on the tasks for selection (``docs/benchmark.md``).
+After 1200 updates, best at 600, it is a little better than the default in validation (-6.830, default -6.804), and
+level with it on the tasks for selection (``docs/benchmark.md``).
 
 The controller is an LSTM that every tensor runs once a step. It sees what the read-out is told of the tensor as a
 whole and corrects it, :math:`f' = f + \\tanh(C h)`, so that the read-out, its bounds and the cost of a coordinate stay

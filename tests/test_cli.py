@@ -16,6 +16,7 @@ import learnedopt
 from learnedopt import cli, demo, zoo
 from learnedopt.cli import main
 from learnedopt.data import digits
+from learnedopt.fewshot import learner_info, list_learners
 from learnedopt.rules import AdamLSTMConfig, AdamLSTMRule, LSTMConfig, LSTMRule
 from learnedopt.zoo import list_entries, load_rule, rule_fingerprint
 
@@ -107,7 +108,7 @@ def test_an_incomplete_command_shows_how_it_is_used(arguments: list[str], capsys
 
 def test_zoo_list_names_every_shipped_entry(capsys: Captured) -> None:
     assert main(["zoo", "list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_entries()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_entries() + list_learners()
 
 
 @pytest.mark.parametrize("name", list_entries())
@@ -117,6 +118,27 @@ def test_zoo_show_tells_what_is_known_of_a_shipped_entry(name: str, capsys: Capt
     assert entry.sha256 in output
     assert entry.card.strip() in output
     assert all(f"{key}={value}" in output for key, value in entry.config.to_dict().items())
+
+
+@pytest.mark.parametrize("name", list_learners())
+def test_zoo_show_tells_what_is_known_of_a_shipped_learner(name: str, capsys: Captured) -> None:
+    assert main(["zoo", "show", name]) == 0
+    entry, output = learner_info(name), capsys.readouterr().out
+    assert entry.sha256 in output and entry.card.strip() in output
+    assert f"kind={entry.learner.kind}" in output and f"kind={entry.backbone.kind}" in output
+
+
+def test_a_learner_of_the_zoo_is_trained_again_by_its_recipe(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(ROOT)  # where the recipes are
+    again = ["zoo", "train", "omniglot-protonet-1shot", "--out", str(elsewhere / "run")]
+    assert main([*again, "--resume"]) == 2
+    assert "there is no run to resume" in capsys.readouterr().err
+    assert main([*again, "--training.steps", "5"]) == 2
+    assert "is a few-shot learner, and settings of its recipe cannot be replaced here" in capsys.readouterr().err
+    assert main([*again, "--root", str(elsewhere)]) == 2
+    assert "no Omniglot under" in capsys.readouterr().err
 
 
 def test_a_reader_who_has_seen_enough_is_no_error() -> None:
