@@ -74,7 +74,7 @@ RECIPE = Recipe(
     rule=EigenbasisConfig(num_layers=0, nominal_step=0.02),
     training=SearchConfig(
         updates=1,
-        # The start is that of `light`, with a step size larger by a tenth: the bases change little else, as trials on
+        # The start is that of `light`, with a step size larger by 7 %: the bases change little else, as trials on
         # other tasks of these families and on the tasks for selection showed. One generation close around it: longer
         # searches were faster on their own tasks and slower on those for selection.
         coordinates=(

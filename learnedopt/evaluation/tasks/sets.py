@@ -129,7 +129,7 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
     ),
     "heldout": (
         _fixed(
-            "wide-mlp", "dense", perceptrons.wide_mlp, "other images, 26 classes; size within the training distribution"
+            "wide-mlp", "dense", perceptrons.wide_mlp, "other images, 26 classes; wider than some, narrower than others"
         ),
         _fixed(
             "deep-tanh",
