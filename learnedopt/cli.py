@@ -18,7 +18,7 @@ import torch
 
 from learnedopt import __version__, fewshot, zoo
 from learnedopt.demo import Demo, compare, plot, table
-from learnedopt.evaluation.benchmark import Benchmark, Plan
+from learnedopt.evaluation.benchmark import MULTIPLES, Benchmark, Plan
 from learnedopt.evaluation.contenders import BASELINE_NAMES, HAND_WRITTEN
 from learnedopt.evaluation.report import write_report
 from learnedopt.evaluation.tasks import TASK_SETS
@@ -169,7 +169,9 @@ def _benchmark_commands(commands: Any) -> None:
     )
     run.add_argument("--out", type=Path, default=Path("benchmark.jsonl"), help="file of results (%(default)s)")
     run.add_argument("--horizon", type=int, default=500, metavar="STEPS", help="what counts as 1x (%(default)s)")
-    run.add_argument("--multiples", type=int, nargs="+", default=[1], metavar="N", help="horizons to judge at (1)")
+    run.add_argument(
+        "--multiples", type=int, nargs="+", default=[1], choices=MULTIPLES, help="of the horizon, to judge at (1)"
+    )
     run.add_argument("--untuned", action="store_true", help="run defaults only")
     run.add_argument("--selection-seeds", type=int, default=2, metavar="N", help="to tune on (%(default)s)")
     run.add_argument("--reporting-seeds", type=int, default=10, metavar="N", help="to judge on (%(default)s)")

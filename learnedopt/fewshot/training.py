@@ -368,7 +368,8 @@ class FewShotRun:
         if config.clip_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, config.clip_value)
         norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if config.clip_norm is None else config.clip_norm)
-        if all(bool(value.isfinite().all()) for value in (norm, *buffers)):
+        finite = [value.isfinite().all() for value in (norm.to(self._device), *buffers)]
+        if bool(torch.stack(finite).all()):
             self.optimizer.step()
         else:
             for buffer, value in zip(buffers, before):
