@@ -397,6 +397,7 @@ def report(results: dict[str, Any]) -> str:
         lines += [
             f"## {layout}: {result['parameters']:,} parameters in {result['tensors']} tensor(s)",
             "",
+            *([f"{result['earlier']}\n"] if "earlier" in result else []),  # taken over from another file by hand
             "| optimizer | ns per parameter | this / one tensor | naive / this | this / fused Adam | "
             "state, B per parameter | extra memory, MiB | share of the floor |",
             "|---|---|---|---|---|---|---|---|",
