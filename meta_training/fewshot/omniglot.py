@@ -1,6 +1,6 @@
 """Learners on Omniglot, in the split of Vinyals and Snell, one line per setting.
 
-Most step counts are what one core does in half an hour or less, with a learning rate that is larger than the published
+Most step counts are what one core does in an hour or less, with a learning rate that is larger than the published
 one and falls to zero along a cosine. Published are 60000 steps of 32 episodes for MAML, 75000 episodes for the
 meta-LSTM; ``--steps`` makes any of these longer. MAML++, Reptile and matching networks have the published counts, or
 near them: days on two cores, to be stopped at any time. ``benchmarks/results/fewshot_omniglot.md`` says how far each
@@ -135,8 +135,8 @@ REPTILE_5 = ReptileConfig()
 REPTILE_20 = ReptileConfig(learning_rate=5e-4, steps=10, batch_size=20, test_batch_size=10)
 
 RECIPES = [
-    recipe("protonet-1shot", "Prototypical network", ProtoNetConfig(), POOLED, (30, 1, 3), (20, 1), 3200, **FALLING),
-    recipe("protonet-5shot", "Prototypical network", ProtoNetConfig(), POOLED, (20, 5, 5), (20, 5), 3200, **FALLING),
+    recipe("protonet-1shot", "Prototypical network", ProtoNetConfig(), POOLED, (60, 1, 5), (20, 1), 6000, **FALLING),
+    recipe("protonet-5shot", "Prototypical network", ProtoNetConfig(), POOLED, (20, 5, 5), (20, 5), 8000, **FALLING),
     # Trained on labelled images; episodes are for validation alone.
     replace(
         recipe("finetune", "", FinetuneConfig(), STRIDED, (5, 1, 5), (5, 1), 8000, **PRETRAINING),
