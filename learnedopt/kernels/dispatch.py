@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from learnedopt.kernels.base import Backend, Tensors
-from learnedopt.rules import UpdateRule
+from learnedopt.rules import State, UpdateRule
 
 
 def step(
@@ -46,8 +47,13 @@ def step(
         skip = None
     statistics, tensor_state = backend.statistics(rule, tensors, loss)
     backend.update(rule, tensors, statistics, lr=lr, weight_decay=weight_decay, skip=skip)
+    keep_tensor_state(tensors.states, tensor_state, skip)
+
+
+def keep_tensor_state(states: Sequence[State], tensor_state: State, skip: Tensor | None) -> None:
+    """Write the tensor-scope state that :meth:`~learnedopt.kernels.Backend.statistics` gave, unless to be skipped."""
     for name, values in tensor_state.items():
-        for state, value in zip(tensors.states, values.unbind(-1)):
+        for state, value in zip(states, values.unbind(-1)):
             state[name].copy_(value if skip is None else torch.where(skip, state[name], value))
 
 

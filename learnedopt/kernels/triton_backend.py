@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learnedopt.kernels.base import Backend, Case, Tensors
 from learnedopt.kernels.means import (
@@ -40,9 +40,10 @@ from learnedopt.rules import (
     State,
     UpdateRule,
 )
+from learnedopt.rules.recurrent import CoordinatewiseLSTM
 
-CHUNK, BLOCK, WARPS = 1024, 64, 8
-"""Coordinates of one program, those it works on at once, and its warps: what its tiles take stays in registers."""
+CHUNK = 1024
+"""Coordinates of one program."""
 LARGEST = 64
 """Units of a layer at most: its tiles must stay in registers."""
 
@@ -63,9 +64,8 @@ class TritonBackend(Backend):
         if type(case.rule) not in _CODES:
             known = ", ".join(rule.__name__ for rule in _CODES)
             return f"it knows the rules {known}, and this is {type(case.rule).__name__}"
-        if isinstance(case.rule, ScheduleFreeLSTMRule) and case.rule.lstm is None:
-            return "it takes rules that have an LSTM, and this has none"
-        if (units := case.rule.config.hidden_size) > LARGEST:  # type: ignore[attr-defined]
+        lstm: CoordinatewiseLSTM | None = case.rule.lstm  # type: ignore[assignment]
+        if lstm is not None and (units := lstm.hidden_size) > LARGEST:
             return f"it takes rules of up to {LARGEST} units, and this has {units}"
         return None
 
@@ -117,6 +117,9 @@ class TritonBackend(Backend):
         weights = _weights(rule)
         with _on(tensors.device):
             work = _Work(rule, tensors)
+            block, warps = _at_once(weights.settings["LAYERS"])
+            # Without layers nothing is kept in that dtype.
+            state = tensors.states[0]["h"].dtype if weights.settings["LAYERS"] else torch.float32
             for launch in work.launches:
                 _kernels().step_kernel[(len(launch.chunks),)](
                     work.table,
@@ -133,15 +136,20 @@ class TritonBackend(Backend):
                     SKIP=skip is not None,
                     PARAM=launch.param,
                     GRAD=launch.grad,
-                    STATE=_triton_dtype(tensors.states[0]["h"].dtype),
+                    STATE=_triton_dtype(state),
                     CHUNK=CHUNK,
-                    BLOCK=BLOCK,
-                    num_warps=WARPS,
+                    BLOCK=block,
+                    num_warps=warps,
                     num_stages=1,  # tiles are loaded once: there is nothing to load ahead
                     enable_fp_fusion=True,
                     **weights.settings,
                 )
             work.write_back()
+
+
+def _at_once(layers: int) -> tuple[int, int]:
+    """Coordinates that a program works on at once, and its warps: tiles of units must stay in registers."""
+    return (64, 8) if layers else (CHUNK, 4)
 
 
 def _interpreted() -> bool:
@@ -184,50 +192,59 @@ def _weights(rule: UpdateRule) -> _Weights:
     return _READY[rule]
 
 
-def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule | RNNpropRule) -> _Weights:
-    lstm = rule.lstm
-    assert lstm is not None
-    units = lstm.hidden_size
-    padded = max(16, 1 << (units - 1).bit_length())  # what triton takes as the side of a matrix
+def _pad(weight: Tensor, *sizes: int) -> Tensor:
+    """Zeros after the ends of the last dimensions, to these sizes."""
+    for dim, size in zip((-1, -2), reversed(sizes)):
+        shape = list(weight.shape)
+        shape[dim] = size - shape[dim]
+        weight = torch.cat([weight, weight.new_zeros(shape)], dim=dim)
+    return weight.contiguous()
 
-    def pad(weight: Tensor, *sizes: int) -> Tensor:
-        """Zeros after the ends of the last dimensions, to these sizes."""
-        for dim, size in zip((-1, -2), reversed(sizes)):
-            shape = list(weight.shape)
-            shape[dim] = size - shape[dim]
-            weight = torch.cat([weight, weight.new_zeros(shape)], dim=dim)
-        return weight.contiguous()
+
+def _lstm_weights(lstm: CoordinatewiseLSTM, padded: int, inputs: nn.Linear | None) -> tuple[Tensor, ...]:
+    """What the kernel calls ``features``, ``recurrent``, ``below`` and ``biases``; ``inputs`` is RNNprop's layer."""
 
     def gates(weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (4, units))
+        return weight.unflatten(0, (4, lstm.hidden_size))
 
     def split(weights: Sequence[Tensor]) -> Tensor:
         """Square weights of each layer, in two float16 that add up to them."""
-        whole = torch.stack([pad(gates(weight), padded, padded) for weight in weights])
+        whole = torch.stack([_pad(gates(weight), padded, padded) for weight in weights])
         high = whole.half()
         if not bool(high.isfinite().all()):
             raise ValueError("the backend 'triton' takes weights below 65504 only; ask for backend='reference'")
         return torch.stack([high, (whole - high).half()])
 
-    first = lstm.input_weights[0]
     recurrent = split(list(lstm.recurrent_weights))
     above = list(lstm.input_weights)[1:]
-    features = gates(first).transpose(1, 2)
-    if isinstance(rule, RNNpropRule):
+    features = gates(lstm.input_weights[0]).transpose(1, 2)
+    if inputs is not None:
         above = list(lstm.input_weights)
-        features = torch.cat([rule.inputs.weight.T, rule.inputs.bias.unsqueeze(0)])
-    tensors = (
-        pad(features, padded),
+        features = torch.cat([inputs.weight.T, inputs.bias.unsqueeze(0)])
+    return (
+        _pad(features, padded),
         recurrent,
         split(above) if above else recurrent,  # any address: it is not read
-        torch.stack([pad(gates(bias), padded) for bias in lstm.biases]),
+        torch.stack([_pad(gates(bias), padded) for bias in lstm.biases]),
     )
+
+
+def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLSTMRule | RNNpropRule) -> _Weights:
+    lstm = rule.lstm
+    units = lstm.hidden_size if lstm is not None else 0
+    padded = max(16, 1 << max(units - 1, 0).bit_length())  # what triton takes as the side of a matrix
+    first = next(rule.parameters())
+    if lstm is not None:
+        tensors = _lstm_weights(lstm, padded, rule.inputs if isinstance(rule, RNNpropRule) else None)
+    else:
+        none = first.new_zeros(1)
+        tensors = (none, none.half(), none.half(), none)  # any addresses: they are not read
     settings: dict[str, Any] = {
         "RULE": _CODES[type(rule)],
-        "LAYERS": lstm.num_layers,
+        "LAYERS": lstm.num_layers if lstm is not None else 0,
         "UNITS": units,
         "PADDED": padded,
-        "FEATURES": first.shape[1],
+        "FEATURES": lstm.input_weights[0].shape[1] if lstm is not None else 0,
         "LOG_SIGN": True,
         "FEEDBACK_IS_GATE": False,
         **dict.fromkeys(("p", "scale", "decay0", "decay1", "decay2", "rest0", "rest1", "eps"), 1.0),
@@ -236,7 +253,7 @@ def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLST
 
     def readout(weight: Tensor, others: Tensor, bias: Tensor) -> Tensor:
         """Units, three other inputs, and the bias, in a row for each output."""
-        return torch.cat([pad(weight, padded), others, bias.unsqueeze(1)], dim=1)
+        return torch.cat([_pad(weight, padded), others, bias.unsqueeze(1)], dim=1)
 
     match rule:
         case LSTMRule():
@@ -286,7 +303,7 @@ def _make_weights(rule: LSTMRule | MetaLSTMRule | AdamLSTMRule | ScheduleFreeLST
                 eps=rule.config.eps,
             )
         case ScheduleFreeLSTMRule():
-            of_features, of_units = rule.readout.weight.split([first.shape[1], units], dim=1)
+            of_features, of_units = rule.readout.weight.split([rule.readout.in_features - units, units], dim=1)
             rows = readout(of_units, first.new_zeros(4, 3), rule.readout.bias)
             rows = torch.cat([rows.flatten(), of_features.flatten()])
             settings["LOG_SIGN"] = False

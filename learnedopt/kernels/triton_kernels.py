@@ -161,6 +161,15 @@ def _origin(origins, at, here, corrections, column, num_tensors, param):
 
 
 @triton.jit
+def _of_units(readout, top, PADDED: tl.constexpr, LAYERS: tl.constexpr):
+    """One output's bias, and what the units of the last layer contribute to it."""
+    out = tl.load(readout + PADDED + 3)
+    if LAYERS > 0:
+        out += tl.sum(tl.load(readout + tl.arange(0, PADDED))[:, None] * top, axis=0)
+    return out
+
+
+@triton.jit
 def _of_features(weights, statistics, column, num_tensors, x0, x1, x2, x3):
     """What the features of the Schedule-Free LSTM contribute to one output."""
     shared = tl.load(weights + 4) * tl.load(statistics + 5 * num_tensors + column)
@@ -218,9 +227,9 @@ def step_kernel(
 
     Weights are ``features (4, FEATURES, PADDED)``, ``recurrent (2, LAYERS, 4, PADDED, PADDED)`` in two float16 each,
     ``below`` the same for the layers above the first, ``biases (LAYERS, 4, PADDED)`` and
-    ``readout (outputs, PADDED + 4)``, followed by ``(outputs, FEATURES)`` where the read-out has the features too.
-    Gates are in the order of the rule: input, forget, cell, output. RNNprop has a layer before them, ``features
-    (3, PADDED)`` with its biases last, so that for it ``below`` has the first layer too.
+    ``readout (outputs, PADDED + 4)``, followed by ``(outputs, FEATURES)`` where the read-out has the features too;
+    without layers it alone is read. Gates are in the order of the rule: input, forget, cell, output. RNNprop has a
+    layer before them, ``features (3, PADDED)`` with its biases last, so that for it ``below`` has the first layer too.
     """
     if SKIP:  # noqa: SIM102, the one is known when this is compiled, the other is not
         if tl.load(skip_at) != 0:
@@ -349,13 +358,13 @@ def step_kernel(
             _store_units(cs, c_lows, c_scales, at, size, cell, layer, UNITS, PADDED, STATE)
 
         row: tl.constexpr = PADDED + 4
-        out = tl.sum(tl.load(readout + units)[:, None] * top, axis=0) + tl.load(readout + PADDED + 3)
+        out = _of_units(readout, top, PADDED, LAYERS)
         if RULE == LSTM:
             delta = scale * out
         elif RULE == RNNPROP:
             delta = -scale * _tanh(out)
         else:
-            second = tl.sum(tl.load(readout + row + units)[:, None] * top, axis=0) + tl.load(readout + row + PADDED + 3)
+            second = _of_units(readout + row, top, PADDED, LAYERS)
             if RULE == META_LSTM:
                 forgets, inputs = _row(tensors, tensor, 8, tl.float32), _row(tensors, tensor, 9, tl.float32)
                 out += tl.load(readout + PADDED) * param
@@ -367,11 +376,9 @@ def step_kernel(
                 tl.store(forgets + at, forget if FEEDBACK_IS_GATE else out, mask=here)
                 tl.store(inputs + at, input_ if FEEDBACK_IS_GATE else second, mask=here)
             else:
-                third = tl.sum(tl.load(readout + 2 * row + units)[:, None] * top, axis=0)
-                third += tl.load(readout + 2 * row + PADDED + 3)
+                third = _of_units(readout + 2 * row, top, PADDED, LAYERS)
                 if RULE == SCHEDULE_FREE_LSTM:
-                    fourth = tl.sum(tl.load(readout + 3 * row + units)[:, None] * top, axis=0)
-                    fourth += tl.load(readout + 3 * row + PADDED + 3)
+                    fourth = _of_units(readout + 3 * row, top, PADDED, LAYERS)
                     of_features = readout + 4 * row
                     out += _of_features(of_features, statistics, tensor, num_tensors, x0, x1, x2, x3)
                     second += _of_features(of_features + 14, statistics, tensor, num_tensors, x0, x1, x2, x3)

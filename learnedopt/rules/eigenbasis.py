@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,6 +16,7 @@ from learnedopt.rules.moments import in_range, momentum_bound
 from learnedopt.rules.schedule_free_lstm import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule
 
 Side = Literal["left", "right"]
+_SIDES: tuple[Side, ...] = ("left", "right")
 
 _FIRST = 4
 """Iterations in the first step: as many as find the direction of a gradient of rank one to within what follows."""
@@ -191,13 +192,14 @@ class EigenbasisRule(UpdateRule):
             size, rectangle = sizes[index], as_matrix(shape)
             matrix = in_range(grads[index]).reshape(copies, *rectangle)
             with torch.no_grad():
-                after, turns = self.followed(matrix, own, step)
+                size_of_grad = GradientSize.of([matrix])
+                after, turns = self.followed([matrix], size_of_grad, own, step)
             for name, value in after.items():
                 matrices.setdefault(name, []).append(value.flatten(-2))
             here = Bases(after)
             bases.append(here)
             params[index] = here.enter(params[index].reshape(copies, *rectangle)).reshape(copies, size)
-            grads[index] = above_rounding(here.enter(matrix), matrix).reshape(copies, size)
+            grads[index] = above_rounding(here.enter(matrix), size_of_grad).reshape(copies, size)
             before = {name: values[index].unflatten(-1, rectangle) for name, values in coordinates.items()}
             for name, value in self.carried(before, turns).items():
                 coordinates[name][index] = value.flatten(-2)
@@ -216,22 +218,24 @@ class EigenbasisRule(UpdateRule):
         }
         return joined(params), joined(grads), inside, back
 
-    def followed(self, grad: Tensor, matrices: State, step: int) -> tuple[State, Turns]:
+    def followed(self, grad: Iterable[Tensor], size: GradientSize, matrices: State, step: int) -> tuple[State, Turns]:
         """The matrices of a tensor after a gradient, and how its bases turned.
 
         Args:
-            grad: ``(..., m, n)``.
+            grad: ``(..., m, n)``, whole; or, where only one side has a basis, in strips along the other.
+            size: The gradient's.
             matrices: As :meth:`matrices` names them, ``(..., m, m)`` or ``(..., n, n)``. Not written.
             step: The number of the step, from 1.
         """
         decay, after, turns = self.config.factor_decay, {}, Turns()
-        # Twice divided, because squares of what is very large or small are out of range.
-        unit = grad / grad.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
-        unit = unit / unit.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1.0)
-        for side in ("left", "right"):
-            if f"{side}_factor" not in matrices:
-                continue
-            square = unit @ unit.mT if side == "left" else unit.mT @ unit
+        squares: dict[Side, Tensor] = {}
+        for strip in grad:
+            unit = strip / size.largest / size.norm.clamp(min=1.0)
+            for side in _SIDES:
+                if f"{side}_factor" in matrices:
+                    square = unit @ unit.mT if side == "left" else unit.mT @ unit
+                    squares[side] = squares[side] + square if side in squares else square
+        for side, square in squares.items():
             factor = decay * matrices[f"{side}_factor"] + (1.0 - decay) * square
             basis = matrices[f"{side}_basis"]
             if step == 1:  # before which it is zero
@@ -274,13 +278,13 @@ class Bases:
     def leave(self, x: Tensor) -> Tensor:
         """The reverse of :meth:`enter`, but for rows and columns that have had no gradient: these get exact zeros."""
         if self._left is not None:
-            x = torch.where(self._seen("left").unsqueeze(-1), self._left @ x, 0.0)
+            x = (self._left @ x).masked_fill_(self._unseen("left").unsqueeze(-1), 0.0)
         if self._right is not None:
-            x = torch.where(self._seen("right").unsqueeze(-2), x @ self._right.mT, 0.0)
+            x = (x @ self._right.mT).masked_fill_(self._unseen("right").unsqueeze(-2), 0.0)
         return x
 
-    def _seen(self, side: Side) -> Tensor:
-        return self._matrices[f"{side}_factor"].diagonal(dim1=-2, dim2=-1) != 0.0
+    def _unseen(self, side: Side) -> Tensor:
+        return self._matrices[f"{side}_factor"].diagonal(dim1=-2, dim2=-1) == 0.0
 
 
 class Turns:
@@ -317,15 +321,30 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def above_rounding(turned: Tensor, grad: Tensor) -> Tensor:
-    """Gradients in the bases, zero where they are no more than rounding leaves of nothing.
+@dataclass(frozen=True)
+class GradientSize:
+    """How large a matrix of gradients ``(..., m, n)`` is; each ``(..., 1, 1)``."""
+
+    largest: Tensor
+    """The absolute value of its largest element."""
+    norm: Tensor
+    """Its norm in units of that, because squares of what is very large or small are out of range."""
+
+    @classmethod
+    def of(cls, grad: Iterable[Tensor]) -> GradientSize:
+        """Of a gradient that is whole, or in strips."""
+        largest = torch.stack([strip.abs().amax((-2, -1), keepdim=True) for strip in grad]).amax(0)
+        largest = largest.clamp(min=torch.finfo(largest.dtype).tiny)
+        squares = [(strip / largest).square().sum((-2, -1), keepdim=True) for strip in grad]
+        return cls(largest, torch.stack(squares).sum(0).sqrt())
+
+
+def above_rounding(turned: Tensor, size: GradientSize) -> Tensor:
+    """Gradients in the bases, here changed: zero where they are no more than rounding leaves of nothing.
 
     A coordinate that has had nothing but rounding errors would otherwise be scaled up to a step like any other's.
     """
-    # Taken of what is at most one, because squares of what is very large are out of range.
-    most = grad.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
-    least = _ROUNDING * torch.linalg.matrix_norm(grad / most, keepdim=True) * most
-    return torch.where(turned.abs() <= least, 0.0, turned)
+    return turned.masked_fill_(turned.abs() <= _ROUNDING * size.norm * size.largest, 0.0)
 
 
 def _next_basis(factor: Tensor, basis: Tensor, shift: float) -> tuple[Tensor, Tensor]:

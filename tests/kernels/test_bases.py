@@ -13,7 +13,7 @@ from torch import Tensor
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import AGE, Tensors, bases
 from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule
-from learnedopt.rules.eigenbasis import Bases
+from learnedopt.rules.eigenbasis import Bases, GradientSize
 from tests.optim.reference import draw_grads, same_bits, snapshot, trained
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -59,6 +59,57 @@ def test_how_many_tensors_are_taken_together_changes_nothing(monkeypatch: pytest
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8])
+def test_a_tensor_in_strips_moves_as_it_does_whole(
+    backend: Any, layers: int, state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and columns that are too long for a basis, one matrix in another order, one of four dimensions."""
+    config = EigenbasisConfig(num_layers=layers, hidden_size=4, settling=2, interval=2, max_side=6)
+    rule = trained(EigenbasisRule(config), scale=0.1)
+
+    def run() -> tuple[LearnedOptimizer, int]:
+        generator, taken = torch.Generator().manual_seed(0), 0
+
+        def counted(*args: Any) -> None:
+            nonlocal taken
+            taken += 1
+            in_strips(*args)
+
+        in_strips = bases._step_in_strips
+        params = [torch.randn(shape, generator=generator) for shape in ((20, 5), (6, 30), (4, 2, 3, 2), (5, 4))]
+        params.append(torch.randn(3, 14, generator=generator).t())
+        optimizer = LearnedOptimizer(
+            [param.requires_grad_() for param in params],
+            rule,
+            weight_decay=0.1,
+            maximize=True,
+            backend=backend,
+            state_dtype=state_dtype,
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(bases, "_step_in_strips", counted)
+            for _ in range(5):
+                draw_grads(generator, params)
+                params[0].grad[3] = 0.0  # type: ignore[index]
+                optimizer.step()
+        return optimizer, taken
+
+    whole, none = run()
+    monkeypatch.setattr(bases, "AT_ONCE", 25)
+    monkeypatch.setattr(bases, "STRIP", 17)
+    cut, some = run()
+    assert (none, some) == (0, 4 * 5)
+    # Codes of eight bits may be rounded the other way.
+    tolerance = 1e-5 if state_dtype == torch.float32 or not layers else 1e-2
+    for one, other in zip(cut.param_groups[0]["params"], whole.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+        for name, values in whole.state[other].items():
+            if values.is_floating_point():
+                torch.testing.assert_close(cut.state[one][name], values, rtol=tolerance, atol=tolerance)
+
+
 def test_weight_decay_reaches_rows_that_updates_do_not() -> None:
     param = torch.ones(3, 2, requires_grad=True)
     param.grad = torch.tensor([[1.0, 2.0], [0.0, 0.0], [-1.0, 0.5]])
@@ -78,7 +129,8 @@ def test_a_step_that_is_skipped_on_the_device_changes_nothing_but_the_age(age: i
     state = optimizer.state[param]
     before = {name: values.clone() for name, values in state.items()}
     tensors = Tensors([param], [torch.ones(6, 5)], [state], torch.float32, "float32", [30])
-    bases._follow(make_rule(), torch.ones(6, 5), state, tensors, torch.tensor(True))
+    size = GradientSize.of(tensors.grads)
+    bases._follow(make_rule(), tensors.grads, size, (6, 5), state, tensors, torch.tensor(True))
     for name, values in state.items():
         assert same_bits([values], [before[name] + (name == AGE and age > 0)]), name
     assert same_bits([state["left_basis"]], [torch.eye(6)]) == (age == 0)

@@ -22,6 +22,8 @@ from learnedopt.kernels.state import CODES, FINE_CODES
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
+    EigenbasisConfig,
+    EigenbasisRule,
     LSTMConfig,
     LSTMRule,
     MetaLSTMConfig,
@@ -44,8 +46,16 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     ),
     "adam-lstm": lambda: AdamLSTMRule(AdamLSTMConfig(hidden_size=8, eps=0.1)),
     "schedule-free": lambda: ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(interpolation=0.7, eps=0.1)),
+    "schedule-free, no layers": lambda: ScheduleFreeLSTMRule(
+        ScheduleFreeLSTMConfig(num_layers=0, interpolation=0.7, eps=0.1)
+    ),
     "rnnprop": lambda: RNNpropRule(RNNpropConfig(hidden_size=5, eps=0.1)),
     "rnnprop, one layer": lambda: RNNpropRule(RNNpropConfig(num_layers=1, momentum_decay=0.5, eps=0.1)),
+}
+WITH_UNITS = [name for name in RULES if name != "schedule-free, no layers"]
+ALL: dict[str, Callable[[], UpdateRule]] = {
+    **RULES,
+    "eigenbasis": lambda: EigenbasisRule(EigenbasisConfig(num_layers=0, eps=0.1, settling=2, interval=2)),
 }
 SHAPES: tuple[tuple[int, ...], ...] = ((5, 3), (), (0, 2), (7,), (150,))
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-5}
@@ -75,7 +85,7 @@ def run(
     params.append(torch.randn(4, 6, generator=generator).to(device, dtype).t())
     optimizer = LearnedOptimizer(
         [param.requires_grad_() for param in params],
-        trained(RULES[name]()),
+        trained(ALL[name]()),
         lr,
         0.1,
         maximize=True,
@@ -108,7 +118,7 @@ def compare(
     )
     assert actual.backend == "triton"
     kept = str(state_dtype).removeprefix("torch.")
-    layout = state_layout(RULES[name](), torch.float32, kept)  # type: ignore[arg-type]
+    layout = state_layout(ALL[name](), torch.float32, kept)  # type: ignore[arg-type]
     pairs = zip(*(optimizer.param_groups[0]["params"] for optimizer in (actual, expected)), strict=True)
     for one, two in pairs:
         # Where what is kept is rounded the other way, later steps see it.
@@ -156,13 +166,14 @@ def main() -> None:
     """Everything that the interpreter can show; it is slow, and small chunks have as many edges as large ones."""
     triton_backend.CHUNK = 128
     cpu = torch.device("cpu")
-    for name in RULES:
+    for name in ALL:
         compare(name, cpu, torch.float32, torch.float32, steps=3)
     for name, dtype, state_dtype in (
         ("lstm", torch.bfloat16, torch.bfloat16),
         ("meta-lstm", torch.float16, torch.int8),
         ("adam-lstm", torch.bfloat16, torch.int8),
         ("schedule-free", torch.float16, torch.int8),
+        ("schedule-free, no layers", torch.bfloat16, torch.bfloat16),
         ("rnnprop", torch.bfloat16, torch.int8),
     ):
         compare(name, cpu, dtype, state_dtype, steps=2)
@@ -194,8 +205,8 @@ def test_it_compiles_for_a_gpu_that_is_not_there(name: str) -> None:
         **dict.fromkeys(("PARAM", "GRAD"), float32),
         "STATE": triton_backend._triton_dtype(torch.int8),
         "CHUNK": triton_backend.CHUNK,
-        "BLOCK": triton_backend.BLOCK,
     }
+    constants["BLOCK"], warps = triton_backend._at_once(constants["LAYERS"])
     types = {
         **dict.fromkeys(kernel.arg_names, "fp32"),
         **dict.fromkeys(("statistics", "features", "biases", "readout", "lr_at"), "*fp32"),
@@ -204,7 +215,7 @@ def test_it_compiles_for_a_gpu_that_is_not_there(name: str) -> None:
         **dict.fromkeys(constants, "constexpr"),
     }
     source = compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
-    options = {"num_warps": triton_backend.WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     assert "ptx" in triton.compile(source, target=backends.GPUTarget("cuda", 90, 32), options=options).asm
 
 
@@ -216,8 +227,8 @@ def test_it_says_what_it_cannot_serve() -> None:
     assert "float64" in str(backend.refusal(Case(LSTMRule(), cuda, torch.float64, "float32")))
     large = LSTMRule(LSTMConfig(hidden_size=65))
     assert "65" in str(backend.refusal(Case(large, cuda, torch.float32, "float32")))
-    bare = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0))
-    assert "has none" in str(backend.refusal(Case(bare, cuda, torch.float32, "float32")))
+    bare = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0, hidden_size=65))
+    assert backend.refusal(Case(bare, cuda, torch.float32, "float32")) is None
 
 
 # On a GPU ----------------------------------------------------------------------------------------------------------
@@ -226,7 +237,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA dev
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_on_cuda_it_is_the_reference(name: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
@@ -235,13 +246,13 @@ def test_on_cuda_it_is_the_reference(name: str, dtype: torch.dtype, state_dtype:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", WITH_UNITS)
 def test_on_cuda_every_bit_of_the_state_is_the_references(name: str) -> None:
     compare_codes(name, torch.device("cuda"))
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free", "rnnprop"])
+@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free", "schedule-free, no layers", "rnnprop"])
 def test_a_step_is_one_launch_and_waits_for_nothing(name: str) -> None:
     cuda = torch.device("cuda")
     optimizer = run(name, "triton", cuda, torch.float32, torch.float32, 2)
@@ -255,7 +266,7 @@ def test_a_step_is_one_launch_and_waits_for_nothing(name: str) -> None:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free", "rnnprop"])
+@pytest.mark.parametrize("name", ["lstm", "adam-lstm", "schedule-free", "schedule-free, no layers", "rnnprop"])
 def test_a_captured_step_replays(name: str) -> None:
     cuda = torch.device("cuda")
     expected, captured = (
