@@ -16,9 +16,9 @@ its matrix products, or to read and write parameters, gradients and state at the
 longer, over the time it took. Both speeds are measured in the same run: a product of two 2048 x 2048 matrices, and a
 copy of 512 MiB.
 
-The last table is whole training steps: forward, backward and ``step()`` of three models, and the optimizer's share. It
-has the default rule too, whose step depends on the shapes of the tensors: the mean of ten steps, at one of which bases
-follow.
+The last table is whole training steps: forward, backward and ``step()`` of four models, the optimizer's share, and its
+extra memory. It has the default rule too, whose step depends on the shapes of the tensors: the mean of ten steps, at
+one of which bases follow. The fourth model is there for a matrix of which one side is long.
 """
 
 from __future__ import annotations
@@ -170,6 +170,17 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(self.blocks(self.tokens(x) + self.places.weight[: x.shape[1]]))
+
+
+class Bigrams(nn.Module):
+    """What follows a word, by its embedding alone; the read-out has the same weights."""
+
+    def __init__(self, words: int = 50257, width: int = 384) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.embedding(x), self.embedding.weight)
 
 
 def resnet18() -> nn.Module:
@@ -327,6 +338,8 @@ def end_to_end(rounds: int, device: torch.device, quick: bool) -> dict[str, Any]
     }
     if not quick:
         models["ResNet-18, batch 32 x 64 x 64"] = (resnet18(), image(32, 64))
+        words = torch.randint(50257, (8, 129), device=device)
+        models["embedding 50,257 x 384, batch 8 x 128"] = (Bigrams(), (words[:, :-1], words[:, 1:]))
     results: dict[str, Any] = {}
     for name, (net, (x, y)) in models.items():
         net.to(device)
@@ -338,6 +351,7 @@ def end_to_end(rounds: int, device: torch.device, quick: bool) -> dict[str, Any]
         gradients()
         # Each moves copies of the parameters: the model whose gradients are timed stays the same.
         steps: dict[str, Callable[[], Any]] = {}
+        memory: dict[str, int] = {}
         chosen = "auto"
         optimizers = {
             "Adam, fused": lambda params: Adam(params, fused=True),
@@ -361,6 +375,7 @@ def end_to_end(rounds: int, device: torch.device, quick: bool) -> dict[str, Any]
                 # Its bases follow in the first ten steps and in every tenth: ten at a time, once the first are over.
                 several(optimizer.step)
                 steps[name_and_backend] = partial(several, optimizer.step)
+            memory[name_and_backend] = extra_memory(steps[name_and_backend], device)
         times = round_robin({"forward and backward": gradients, **steps}, rounds, device)
         times = {
             key: [each / STEPS_OF_DEFAULT for each in values] if key.startswith("default") else values
@@ -370,6 +385,7 @@ def end_to_end(rounds: int, device: torch.device, quick: bool) -> dict[str, Any]
         results[name] = {
             "parameters": sum(param.numel() for param in net.parameters()),
             "seconds": times,
+            "extra_memory_bytes": memory,
             "share": {
                 step: statistics.median(times[step]) / (model + statistics.median(times[step])) for step in steps
             },
@@ -397,7 +413,6 @@ def report(results: dict[str, Any]) -> str:
         lines += [
             f"## {layout}: {result['parameters']:,} parameters in {result['tensors']} tensor(s)",
             "",
-            *([f"{result['earlier']}\n"] if "earlier" in result else []),  # taken over from another file by hand
             "| optimizer | ns per parameter | this / one tensor | naive / this | this / fused Adam | "
             "state, B per parameter | extra memory, MiB | share of the floor |",
             "|---|---|---|---|---|---|---|---|",
@@ -423,13 +438,14 @@ def report(results: dict[str, Any]) -> str:
     lines += [
         "## Whole training steps",
         "",
-        "| model | optimizer | step, ms | share of the whole |",
-        "|---|---|---|---|",
+        "| model | optimizer | step, ms | share of the whole | extra memory, MiB |",
+        "|---|---|---|---|---|",
     ]
     for model, result in results["end_to_end"].items():
         for name, share in result["share"].items():
             step = 1e3 * statistics.median(result["seconds"][name])
-            lines.append(f"| {model} | {name} | {step:.3g} | {100 * share:.1f} % |")
+            extra = result["extra_memory_bytes"][name] / 2**20
+            lines.append(f"| {model} | {name} | {step:.3g} | {100 * share:.1f} % | {extra:.2f} |")
     return "\n".join(lines) + "\n"
 
 
