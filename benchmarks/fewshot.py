@@ -1,4 +1,4 @@
-"""Few-shot learning: accuracy on Omniglot and error on sine waves, beside published and reproduced figures.
+"""Few-shot learning: accuracy on Omniglot and mini-ImageNet, error on sine waves, beside published figures.
 
     python benchmarks/fewshot.py train omniglot-maml-5way-1shot --root DIR --time-limit 3600
     python benchmarks/fewshot.py evaluate --root DIR
@@ -8,8 +8,8 @@
 recipes are short; ``--steps`` makes a longer run of one, in another folder (``--runs``) if there is one already.
 ``evaluate`` judges all runs that there are, by their best weights so far, on the frozen test episodes, and adds to
 ``benchmarks/results/fewshot.json`` (one entry per run and setting; others stay). ``table`` writes
-``fewshot_omniglot.md`` and ``fewshot_sinusoid.md`` from it. Intervals are 95 % over episodes; where there are several
-training seeds, their standard deviation stands behind.
+``fewshot_omniglot.md``, ``fewshot_mini_imagenet.md`` and ``fewshot_sinusoid.md`` from it. Intervals are 95 % over
+episodes; where there are several training seeds, their standard deviation stands behind.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from learnedopt.fewshot.learners.embedding import EmbeddingLearner
 RESULTS = Path(__file__).parent / "results"
 Setting = tuple[int, int]
 """Ways and shots."""
-SETTINGS: tuple[Setting, ...] = ((5, 1), (5, 5), (20, 1), (20, 5))
+OMNIGLOT_SETTINGS: tuple[Setting, ...] = ((5, 1), (5, 5), (20, 1), (20, 5))
+MINI_IMAGENET_SETTINGS: tuple[Setting, ...] = ((5, 1), (5, 5))
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Row:
 
     label: str
     recipes: dict[Setting, str]
-    published: tuple[str, str, str, str] = ("", "", "", "")
-    """In the order of ``SETTINGS``."""
-    reproduced: tuple[str, str, str, str] = ("", "", "", "")
+    published: tuple[str, ...] = ()
+    """In the order of the table's settings, if there are any."""
+    reproduced: tuple[str, ...] = ()
     """By independent code; see ``docs/fewshot.md`` for the sources."""
-    targets: tuple[float | None, ...] = (None, None, None, None)
+    targets: tuple[float | None, ...] = ()
     """What the accuracy should reach."""
     above: tuple[str, ...] = ()
     """Labels of rows that it should be above."""
@@ -70,15 +71,29 @@ class Row:
     """Another method that runs on the same trained weights."""
 
 
-def _all(name: str) -> dict[Setting, str]:
-    return dict.fromkeys(SETTINGS, name)
+@dataclass(frozen=True)
+class Table:
+    """The rows of one data set of images."""
+
+    title: str
+    about: str
+    """What of the episodes and figures is particular to it."""
+    settings: tuple[Setting, ...]
+    rows: tuple[Row, ...]
+
+
+def _all(name: str, settings: tuple[Setting, ...] = OMNIGLOT_SETTINGS) -> dict[Setting, str]:
+    return dict.fromkeys(settings, name)
 
 
 def _each(name: str) -> dict[Setting, str]:
-    return {(ways, shots): f"{name}-{ways}way-{shots}shot" for ways, shots in SETTINGS}
+    return {(ways, shots): f"{name}-{ways}way-{shots}shot" for ways, shots in OMNIGLOT_SETTINGS}
 
 
-_PROTONET = {setting: f"omniglot-protonet-{setting[1]}shot" for setting in SETTINGS}
+def _by_shots(name: str, settings: tuple[Setting, ...] = MINI_IMAGENET_SETTINGS) -> dict[Setting, str]:
+    return {(ways, shots): f"{name}-{shots}shot" for ways, shots in settings}
+
+
 _MAML_TARGETS = (98.1, 99.5, 91.6, 97.5)
 _MAML = ("98.7 ± 0.4", "99.9 ± 0.1", "95.8 ± 0.3", "98.9 ± 0.2")
 _MAML_AGAIN = ("99.1, 98.1", "", "91.6", "95.9")
@@ -88,7 +103,7 @@ OMNIGLOT = (
     Row(_BASELINES[1], _all("omniglot-finetune"), learner=NearestNeighbourConfig()),
     Row(
         "matching networks",
-        {setting: f"omniglot-matching-{setting[1]}shot" for setting in SETTINGS},
+        _by_shots("omniglot-matching", OMNIGLOT_SETTINGS),
         ("98.1", "98.9", "93.8", "98.5"),
         ("92.0 (cosine), 98.3 (L2)", "93.2, 99.8", "75.6, 92.8", "77.8, 97.8"),
         (97.1, 97.9, 92.8, 97.5),
@@ -104,7 +119,7 @@ OMNIGLOT = (
     Row("meta-LSTM of the read-out, pretrained, transductive", _each("omniglot-meta-lstm-head"), above=_BASELINES),
     Row(
         "prototypical networks",
-        _PROTONET,
+        _by_shots("omniglot-protonet", OMNIGLOT_SETTINGS),
         ("98.8", "99.7", "96.0", "98.9"),
         ("98.4", "99.6", "94.9", "98.6"),
         (98.4, 99.6, 94.9, 98.6),
@@ -143,6 +158,80 @@ OMNIGLOT = (
         targets=(96.68, 98.48, 88.43, 96.12),
     ),
 )
+
+MINI_IMAGENET = (
+    Row(
+        _BASELINES[0],
+        _all("mini-imagenet-finetune", MINI_IMAGENET_SETTINGS),
+        ("28.86 ± 0.54", "49.79 ± 0.79"),
+    ),
+    Row(
+        _BASELINES[1],
+        _all("mini-imagenet-finetune", MINI_IMAGENET_SETTINGS),
+        ("41.08 ± 0.70", "51.04 ± 0.65"),
+        learner=NearestNeighbourConfig(),
+    ),
+    Row(
+        "matching networks",
+        _by_shots("mini-imagenet-matching"),
+        ("43.40 ± 0.78", "51.09 ± 0.71"),
+        targets=(42.4, 50.1),
+    ),
+    Row(
+        "meta-LSTM",
+        _by_shots("mini-imagenet-meta-lstm"),
+        above=_BASELINES,
+        changes={"normalization": "support"},
+    ),
+    Row(
+        "meta-LSTM, transductive",
+        _by_shots("mini-imagenet-meta-lstm"),
+        ("43.44 ± 0.77", "60.60 ± 0.71"),
+        ("", "57.76, 58.14"),
+        (42.44, 57.76),
+        above=_BASELINES,
+    ),
+    Row(
+        "meta-LSTM of the read-out, pretrained",
+        _by_shots("mini-imagenet-meta-lstm-head"),
+        above=_BASELINES,
+        changes={"normalization": "support"},
+    ),
+    Row(
+        "meta-LSTM of the read-out, pretrained, transductive",
+        _by_shots("mini-imagenet-meta-lstm-head"),
+        above=_BASELINES,
+    ),
+    Row(
+        "prototypical networks",
+        _by_shots("mini-imagenet-protonet"),
+        ("49.42 ± 0.78", "68.20 ± 0.66"),
+        ("49.1, 47.05", "66.5, 68.56"),
+        (49.1, 66.5),
+    ),
+    Row(
+        "MAML, transductive",
+        _by_shots("mini-imagenet-maml"),
+        ("48.70 ± 1.84", "63.11 ± 0.92"),
+        ("48.3, 47.41", "65.4, 65.24"),
+        (48.3, 65.4),
+    ),
+)
+TABLES = {
+    "omniglot": Table(
+        "Omniglot",
+        "the split of Vinyals and Snell, rotations as further classes, 15 queries of each class",
+        OMNIGLOT_SETTINGS,
+        OMNIGLOT,
+    ),
+    "mini_imagenet": Table(
+        "mini-ImageNet",
+        "the split of Ravi and Larochelle, images compressed once more than the original's, 15 queries of each class; "
+        "networks of 32 channels, prototypical ones of 64",
+        MINI_IMAGENET_SETTINGS,
+        MINI_IMAGENET,
+    ),
+}
 
 SINUSOID = (
     ("pretrained on all waves", "sinusoid-pretrained"),
@@ -203,7 +292,7 @@ def judge(arguments: argparse.Namespace) -> None:
             "seconds": round(run.seconds),
             "commit": run.commit,
         }
-        found = sinusoid_results(run, arguments) if name.startswith("sinusoid") else omniglot_results(run, arguments)
+        found = sinusoid_results(run, arguments) if name.startswith("sinusoid") else image_results(run, arguments)
         for label, setting, result in found:
             entries[f"{label} | {setting} | {name} seed {seed}"] = {
                 "label": label,
@@ -217,11 +306,11 @@ def judge(arguments: argparse.Namespace) -> None:
         os.replace(temporary, file)
 
 
-def omniglot_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator[tuple[str, str, Evaluation]]:
+def image_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator[tuple[str, str, Evaluation]]:
     """Every row and setting that a run serves."""
     best = run.best_learner()
     classes = load_classes(run.recipe.data, "test", arguments.root)
-    for row in OMNIGLOT:
+    for row in (row for table in TABLES.values() for row in table.rows):
         if run.recipe.name not in row.recipes.values():
             continue
         learner, images = on_features(_as_row(row, run, best), classes)
@@ -284,21 +373,21 @@ def summary(result: Evaluation) -> dict[str, Any]:
 def tables(arguments: argparse.Namespace) -> None:
     """Write the pages."""
     results = json.loads((arguments.out / "fewshot.json").read_text())
-    for name, text in (("omniglot", omniglot_table(results)), ("sinusoid", sinusoid_table(results))):
+    pages = {name: image_table(table, results) for name, table in TABLES.items()}
+    for name, text in {**pages, "sinusoid": sinusoid_table(results)}.items():
         (arguments.out / f"fewshot_{name}.md").write_text(text)
 
 
-def omniglot_table(results: dict[str, Any]) -> str:
+def image_table(table: Table, results: dict[str, Any]) -> str:
     """A row per method and setting."""
     lines = [
-        "# Omniglot",
+        f"# {table.title}",
         "",
-        "Accuracy in per cent on 600 or more frozen test episodes of the split of Vinyals and Snell, rotations as "
-        "further classes, 15 queries of each class, ± 95 % over episodes; sd: standard deviation over training "
-        "seeds. *Transductive*: batch normalization saw all queries of an episode together. *Steps*: done of "
-        "those that the run was begun for. *Seconds*: of training by the clock, on one core shared with other "
-        "programs. *Short by*: points below what is aimed at, the figure that independent code reproduces, or for "
-        "methods with one figure only, one point below that; for the meta-LSTM, the better of the two baselines. "
+        f"Accuracy in per cent on 600 or more frozen test episodes: {table.about}; ± 95 % over episodes; sd: standard "
+        "deviation over training seeds. *Transductive*: batch normalization saw all queries of an episode together. "
+        "*Steps*: done of those that the run was begun for. *Seconds*: of training by the clock, on one core shared "
+        "with other programs. *Short by*: points below what is aimed at, the figure that independent code reproduces, "
+        "or for methods with one figure only, one point below that; for the meta-LSTM, the better of the two baselines. "
         "*Not trained yet*: or not judged yet.",
         "",
         "| method | setting | here | short by | transductive | published | reproduced | steps | seconds |",
@@ -311,18 +400,19 @@ def omniglot_table(results: dict[str, Any]) -> str:
         wanted = (label, setting, recipe)
         return [e for e in results["entries"].values() if (e["label"], e["setting"], e["recipe"]) == wanted]
 
-    rows = {row.label: row for row in OMNIGLOT}
-    for row in OMNIGLOT:
-        for index, (ways, shots) in enumerate(SETTINGS):
+    rows = {row.label: row for row in table.rows}
+    for row in table.rows:
+        for index, (ways, shots) in enumerate(table.settings):
             if (ways, shots) not in row.recipes:
                 continue
             setting, recipe = f"{ways}-way {shots}-shot", row.recipes[ways, shots]
             found = entries(row.label, setting, recipe)
-            others = f"{row.published[index]} | {row.reproduced[index]}"
+            others = " | ".join(figures[index] if figures else "" for figures in (row.published, row.reproduced))
             if found:
                 rivals = [entries(label, setting, rows[label].recipes[ways, shots]) for label in row.above]
                 targets = [_mean(rival) for rival in rivals if rival]
-                below = max([row.targets[index] or 0.0, *targets]) - _mean(found)
+                aim = (row.targets[index] if row.targets else None) or 0.0
+                below = max([aim, *targets]) - _mean(found)
                 if below > 0:
                     short[recipe] = None
                 steps = ", ".join(f"{entry['step']} of {entry['steps']}" for entry in found)
@@ -334,14 +424,20 @@ def omniglot_table(results: dict[str, Any]) -> str:
                 missing[recipe] = None
                 cells = f"not trained yet | | | {others} | | "
             lines.append(f"| {row.label} | {setting} | {cells} |")
+    commands = []
+    if missing:
+        commands.append(f"python benchmarks/fewshot.py train {' '.join(missing)} --root DIR --time-limit 3600")
+    if short:
+        commands.append(
+            f"python benchmarks/fewshot.py train {' '.join(short)} --root DIR --steps 40000 --runs runs/long"
+        )
     lines += [
         "",
         f"Made by `{results['command']}` with torch {results['torch']}; raw results in `fewshot.json`. To go on, or to "
         "begin what is not trained yet; and to train those that are short for longer:",
         "",
         "```sh",
-        f"python benchmarks/fewshot.py train {' '.join(missing)} --root DIR --time-limit 3600".replace("  ", " "),
-        f"python benchmarks/fewshot.py train {' '.join(short)} --root DIR --steps 40000 --runs runs/long",
+        *commands,
         "python benchmarks/fewshot.py evaluate --root DIR",
         "python benchmarks/fewshot.py evaluate --root DIR --runs runs/long",
         "python benchmarks/fewshot.py table",

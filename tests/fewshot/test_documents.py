@@ -10,16 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fewshot import (
-    OMNIGLOT,
-    SETTINGS,
-    SINUSOID,
-    omniglot_table,
-    on_features,
-    runs,
-    sinusoid_table,
-    summary,
-)
+from benchmarks.fewshot import SINUSOID, TABLES, Table, image_table, on_features, runs, sinusoid_table, summary
 from learnedopt.fewshot import (
     DATASETS,
     LEARNERS,
@@ -58,19 +49,19 @@ def test_the_guide_knows_how_large_splits_are(name: str) -> None:
     assert f"| `{name}` | {sizes}" in TEXT
 
 
-def test_every_row_of_the_benchmark_has_its_recipe_and_figures() -> None:
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_every_row_of_the_benchmark_has_its_recipe_and_figures(table: Table) -> None:
     recipes = load_recipes(ROOT / "meta_training" / "fewshot")
-    for row in OMNIGLOT:
-        assert len(row.published) == len(row.reproduced) == len(row.targets) == len(SETTINGS)
+    for row in table.rows:
+        for figures in (row.published, row.reproduced, row.targets):
+            assert len(figures) in (0, len(table.settings))
+        assert row.recipes.keys() <= set(table.settings)
         for ways, shots in row.recipes:
             recipe = recipes[row.recipes[ways, shots]]
-            assert recipe.test.ways == ways or recipe.learner.build(recipe.backbone, _shape(ways)).any_ways
+            shape = LearnerShape((1, 28, 28), ways, num_classes=5)
+            assert recipe.test.ways == ways or recipe.learner.build(recipe.backbone, shape).any_ways
     assert {name for _, name in SINUSOID} <= recipes.keys()
-    assert len({row.label for row in OMNIGLOT}) == len(OMNIGLOT)
-
-
-def _shape(ways: int) -> LearnerShape:
-    return LearnerShape((1, 28, 28), ways, num_classes=5)
+    assert len({row.label for row in table.rows}) == len(table.rows)
 
 
 def test_tables_hold_what_was_measured_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +84,7 @@ def test_tables_hold_what_was_measured_and_what_is_missing(monkeypatch: pytest.M
             "c": {**sine, **run, **error},
         },
     }
-    table = omniglot_table(results)
+    table = image_table(TABLES["omniglot"], results)
     assert "| MAML, transductive | 5-way 1-shot | 98.00 ± 1.96, sd 1.41 (2 seeds) | 0.10 | yes | 98.7 ± 0.4 |" in table
     assert "| meta-LSTM | 5-way 1-shot | 97.00 ± 1.96 | 0.50 | yes |" in table, "below the baseline"
     assert "| baseline-finetune | 5-way 1-shot | 97.50 ± 1.96 |  | yes |" in table
