@@ -387,8 +387,8 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
         "deviation over training seeds. *Transductive*: batch normalization saw all queries of an episode together. "
         "*Steps*: done of those that the run was begun for. *Seconds*: of training by the clock, on one core shared "
         "with other programs. *Short by*: points below what is aimed at, the figure that independent code reproduces, "
-        "or for methods with one figure only, one point below that; for the meta-LSTM, the better of the two baselines. "
-        "*Not trained yet*: or not judged yet.",
+        "or for methods with one figure only, one point below that; for the meta-LSTM, the better of the two "
+        "baselines. *Not trained yet*: or not judged yet.",
         "",
         "| method | setting | here | short by | transductive | published | reproduced | steps | seconds |",
         "|---|---|--:|--:|---|--:|--:|--:|--:|",
