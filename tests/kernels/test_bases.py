@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.step_cost import extra_memory
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import AGE, Tensors, bases
 from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule
@@ -108,6 +109,21 @@ def test_a_tensor_in_strips_moves_as_it_does_whole(
         for name, values in whole.state[other].items():
             if values.is_floating_point():
                 torch.testing.assert_close(cut.state[one][name], values, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(20000, 16), (16, 20000), (170, 72)])
+def test_what_a_step_needs_does_not_grow_with_the_tensor(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than 64 MiB with the settings as they are, and so a 256th of that with a 256th of them."""
+    monkeypatch.setattr(bases, "AT_ONCE", bases.AT_ONCE // 256)
+    monkeypatch.setattr(bases, "STRIP", bases.STRIP // 256)
+    rule = trained(EigenbasisRule(EigenbasisConfig(num_layers=0, max_side=80)), scale=0.1)
+    param = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    optimizer = LearnedOptimizer([param], rule, backend="blocked")
+    optimizer.step()
+    assert extra_memory(optimizer.step, torch.device("cpu")) < 64 * 2**20 // 256
 
 
 def test_weight_decay_reaches_rows_that_updates_do_not() -> None:
