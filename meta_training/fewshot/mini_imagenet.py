@@ -1,7 +1,7 @@
 """Learners on mini-ImageNet, in the split of Ravi and Larochelle: the methods of their table, and MAML.
 
 Networks of 32 channels, as the meta-LSTM's; the prototypical network has the 64 it was published with. The first three
-recipes are what one core does in a quarter of an hour or two, with a learning rate that falls to zero along a cosine.
+recipes are what one core does in ten minutes to half an hour, with a learning rate that falls to zero along a cosine.
 The others have the published counts, days on two cores, to be stopped at any time; ``--steps`` makes any of them
 shorter. ``benchmarks/results/fewshot_mini_imagenet.md`` says how far each has come.
 """
@@ -56,7 +56,7 @@ HALVED: dict[str, Any] = {"halve_every": 2000, "backbone": WIDE}
 PRETRAINING: dict[str, Any] = {
     "learning_rate": 2e-3,
     "schedule": "cosine",
-    "validate_every": 10000,
+    "validate_every": 5000,
     "validation_episodes": 30,
 }
 PRETRAINED: dict[str, Any] = {"schedule": "cosine", "clip_norm": 1.0, "start": "mini-imagenet-finetune"}
@@ -71,11 +71,11 @@ def readout(steps: int) -> LearnerConfig:
 RECIPES = [
     # Trained on labelled images; episodes are for validation alone.
     replace(
-        recipe("finetune", "", FinetuneConfig(), (5, 1), 10000, **PRETRAINING),
+        recipe("finetune", "", FinetuneConfig(), (5, 1), 5000, **PRETRAINING),
         description="Network for mini-ImageNet, trained to tell all training classes apart",
     ),
-    recipe("meta-lstm-head-1shot", "Meta-LSTM of the read-out", readout(12), (5, 1), 2000, 4, queries=5, **PRETRAINED),
-    recipe("meta-lstm-head-5shot", "Meta-LSTM of the read-out", readout(8), (5, 5), 2000, 4, queries=5, **PRETRAINED),
+    recipe("meta-lstm-head-1shot", "Meta-LSTM of the read-out", readout(12), (5, 1), 1000, 4, queries=5, **PRETRAINED),
+    recipe("meta-lstm-head-5shot", "Meta-LSTM of the read-out", readout(8), (5, 5), 1000, 4, queries=5, **PRETRAINED),
     recipe("matching-1shot", "Matching network", MATCHING, (5, 1), 75000, learning_rate=1e-4),
     recipe("matching-5shot", "Matching network", MATCHING, (5, 5), 75000, learning_rate=1e-4),
     recipe("meta-lstm-1shot", "Meta-LSTM", MetaLSTMLearnerConfig(steps=12), (5, 1), 75000, clip_norm=0.25),
