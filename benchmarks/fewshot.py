@@ -414,7 +414,8 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
                 aim = (row.targets[index] if row.targets else None) or 0.0
                 below = max([aim, *targets]) - _mean(found)
                 if below > 0:
-                    short[recipe] = None
+                    finished = all(entry["step"] == entry["steps"] for entry in found)
+                    (short if finished else missing)[recipe] = None
                 steps = ", ".join(f"{entry['step']} of {entry['steps']}" for entry in found)
                 seconds = ", ".join(str(entry["seconds"]) for entry in found)
                 transductive = "yes" if found[0]["transductive"] else "no"

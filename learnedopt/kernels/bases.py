@@ -1,8 +1,8 @@
 """A step of a rule with bases: the tensors are taken there, a backend does what it always does, updates are taken back.
 
 What is in bases costs copies: parameters and gradients there, and the updates, of as many tensors at once as have
-together :data:`AT_ONCE` coordinates. A tensor that has more is worked on in strips along the side that has no basis:
-once for what the rule has to know of the whole, and once to move it.
+together :data:`AT_ONCE` coordinates. A tensor that has more is worked on in strips along the side that has no basis, if
+one has none: once for what the rule has to know of the whole, and once to move it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ AGE = "age"
 """The entry of a tensor's state that says how many steps its bases have seen, from its first gradient that is not zero:
 on the host, which decides by it. Later steps that a device skips count too, since the host does not know."""
 AT_ONCE = 3 << 20
-"""Coordinates that are taken into bases at once: five copies of them in float32 are less than 64 MiB."""
+"""Coordinates that are taken into bases at once, and above which a tensor is cut: five copies of them in float32 are
+less than 64 MiB."""
 STRIP = AT_ONCE // 4
 """Coordinates of a strip, of which state may be copied too."""
 
@@ -142,6 +144,10 @@ def _step_in_strips(
     loss: Tensor | None,
     skip: Tensor | None,
 ) -> None:
+    """As :func:`_step_together`, for one tensor of which one side has no basis.
+
+    What fails while strips are moved, as where memory runs out, leaves those before it moved.
+    """
     (param,), (grad,), (state,) = tensors.params, tensors.grads, tensors.states
     shape = as_matrix(param.shape)
     matrix = param.reshape(shape)  # a copy only where elements are not in order in memory
@@ -150,16 +156,20 @@ def _step_in_strips(
     size = GradientSize.of(strips)
     here = _follow(rule, strips, size, shape, state, tensors, skip)
     pieces = _state_in_strips(rule, state, tensors, shape)
-    sums: list[Tensor] = []
+    sums: dict[int, Tensor] = {}
 
-    def total(of_strip: Tensor) -> Tensor:
+    def total(index: int, of_strip: Tensor) -> Tensor:
         """Of the strips so far, as of the processes where a tensor is sharded: after the last, of the tensor."""
-        sums.append(of_strip)
-        return torch.stack(sums).sum(0)
+        if index in sums:
+            raise NotImplementedError(
+                f"the statistics of {type(rule.inner).__name__} add up twice, and a tensor in strips can do so once"
+            )
+        sums[index] = of_strip
+        return torch.stack(list(sums.values())).sum(0)
 
     def entered() -> Iterator[tuple[Tensor, Tensor, State, Tensors]]:
         """A strip of the parameters, the same in the bases, its state, and what a backend is given."""
-        for strip, slope, piece in zip(params, strips, pieces):
+        for index, (strip, slope, piece) in enumerate(zip(params, strips, pieces)):
             before = here.enter(strip.to(tensors.dtype))
             own = {**state, **{name: values.contiguous() for name, values in piece.items()}}
             slope = above_rounding(here.enter(slope), size)
@@ -168,7 +178,7 @@ def _step_in_strips(
                 params=[before.clone()],
                 grads=[slope],
                 states=[own],
-                total=total,
+                total=partial(total, index),
                 together=tensors.num_together,
             )
             yield strip, before, piece, given

@@ -419,7 +419,7 @@ class _Tables:
             if device.type == "cuda":
                 host = host.pin_memory()  # from which the device copies while the host goes on
             self._kept[key] = host, host.to(device, non_blocking=True)
-            if len(self._kept) > 16:
+            if len(self._kept) > 64:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -77,8 +77,8 @@ def test_tables_hold_what_was_measured_and_what_is_missing(monkeypatch: pytest.M
         "command": "this",
         "torch": "2",
         "entries": {
-            "a": {**maml, **run, **accuracy},
-            "b": {**maml, **run, **accuracy, "mean": 0.99},
+            "a": {**maml, **run, **accuracy, "step": 9},
+            "b": {**maml, **run, **accuracy, "step": 9, "mean": 0.99},
             "d": {**lstm, **run, **accuracy},
             "e": {**baseline, **run, **accuracy, "mean": 0.975},
             "c": {**sine, **run, **error},
@@ -88,7 +88,8 @@ def test_tables_hold_what_was_measured_and_what_is_missing(monkeypatch: pytest.M
     assert "| MAML, transductive | 5-way 1-shot | 98.00 ± 1.96, sd 1.41 (2 seeds) | 0.10 | yes | 98.7 ± 0.4 |" in table
     assert "| meta-LSTM | 5-way 1-shot | 97.00 ± 1.96 | 0.50 | yes |" in table, "below the baseline"
     assert "| baseline-finetune | 5-way 1-shot | 97.50 ± 1.96 |  | yes |" in table
-    assert "train omniglot-meta-lstm-5way-1shot omniglot-maml-5way-1shot --root DIR --steps" in table
+    assert "train omniglot-maml-5way-1shot --root DIR --steps" in table
+    assert " omniglot-meta-lstm-5way-1shot " in table, "short, and to be gone on with"
     assert "| MAML, transductive | 5-way 5-shot | not trained yet |" in table and " omniglot-maml-5way-5shot " in table
     assert "| MAML | 5-shot, 1 step(s) | not finite | not finite | 1 | 2 | 7 of 9 |" in sinusoid_table(results)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.step_cost import extra_memory
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import AGE, Tensors, bases
-from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule
+from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule, ScheduleFreeLSTMRule, Segments, State
 from learnedopt.rules.eigenbasis import Bases, GradientSize
 from tests.optim.reference import draw_grads, same_bits, snapshot, trained
 
@@ -60,13 +60,13 @@ def test_how_many_tensors_are_taken_together_changes_nothing(monkeypatch: pytest
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
 @pytest.mark.parametrize("layers", [0, 1])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8])
 def test_a_tensor_in_strips_moves_as_it_does_whole(
     backend: Any, layers: int, state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows and columns that are too long for a basis, one matrix in another order, one of four dimensions."""
+    """Rows and columns too long for a basis, matrices in other orders in memory, a gradient that is too large."""
     config = EigenbasisConfig(num_layers=layers, hidden_size=4, settling=2, interval=2, max_side=6)
     rule = trained(EigenbasisRule(config), scale=0.1)
 
@@ -81,6 +81,7 @@ def test_a_tensor_in_strips_moves_as_it_does_whole(
         in_strips = bases._step_in_strips
         params = [torch.randn(shape, generator=generator) for shape in ((20, 5), (6, 30), (4, 2, 3, 2), (5, 4))]
         params.append(torch.randn(3, 14, generator=generator).t())
+        params.append(torch.randn(4, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last))
         optimizer = LearnedOptimizer(
             [param.requires_grad_() for param in params],
             rule,
@@ -94,6 +95,7 @@ def test_a_tensor_in_strips_moves_as_it_does_whole(
             for _ in range(5):
                 draw_grads(generator, params)
                 params[0].grad[3] = 0.0  # type: ignore[index]
+                params[1].grad[2, 7] = 1e30  # type: ignore[index]
                 optimizer.step()
         return optimizer, taken
 
@@ -101,7 +103,7 @@ def test_a_tensor_in_strips_moves_as_it_does_whole(
     monkeypatch.setattr(bases, "AT_ONCE", 25)
     monkeypatch.setattr(bases, "STRIP", 17)
     cut, some = run()
-    assert (none, some) == (0, 4 * 5)
+    assert (none, some) == (0, 5 * 5)
     # Codes of eight bits may be rounded the other way.
     tolerance = 1e-5 if state_dtype == torch.float32 or not layers else 1e-2
     for one, other in zip(cut.param_groups[0]["params"], whole.param_groups[0]["params"], strict=True):
@@ -124,6 +126,24 @@ def test_what_a_step_needs_does_not_grow_with_the_tensor(
     optimizer = LearnedOptimizer([param], rule, backend="blocked")
     optimizer.step()
     assert extra_memory(optimizer.step, torch.device("cpu")) < 64 * 2**20 // 256
+
+
+def test_a_tensor_in_strips_refuses_statistics_that_add_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(ScheduleFreeLSTMRule):
+        def statistics(
+            self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        ) -> tuple[Tensor, State]:
+            segments.mean(param)
+            return super().statistics(param, grad, state, segments, loss)
+
+    monkeypatch.setattr(bases, "AT_ONCE", 25)
+    rule = EigenbasisRule(EigenbasisConfig(num_layers=0, max_side=6))
+    rule.inner = Twice(rule.inner.config)
+    param = torch.ones(20, 5, requires_grad=True)
+    param.grad = torch.ones(20, 5)
+    with pytest.raises(NotImplementedError, match="Twice add up twice"):
+        LearnedOptimizer([param], rule).step()
+    assert (param == 1.0).all()
 
 
 def test_weight_decay_reaches_rows_that_updates_do_not() -> None:
