@@ -224,6 +224,12 @@ def _tables(results: Results, horizon: int) -> Iterator[Table]:
     )
 
 
+def _by(factor: float | None) -> str:
+    if factor is None:
+        return ""
+    return " (diverged)" if math.isinf(factor) else f" ({factor:.3g}×)"
+
+
 def _losses(results: Results, horizon: int) -> Iterator[str]:
     """Where learned rules, as they come, end above whom they are compared with; in words."""
     for entry in results.entries:
@@ -233,10 +239,7 @@ def _losses(results: Results, horizon: int) -> Iterator[str]:
             comparison = results.compare(entry, other, horizon) if other in results.entries else None
             if comparison is None:
                 continue
-            worse = [
-                task if factor is None else f"{task} ({factor:.3g}×)"
-                for task, factor in losses_of(results, entry, other, horizon)
-            ]
+            worse = [task + _by(factor) for task, factor in losses_of(results, entry, other, horizon)]
             yield (
                 f"{entry} against {other} at {horizon} steps: ends above it on {len(worse)} of {comparison.tasks}"
                 + (f": {', '.join(worse)}" if worse else "")

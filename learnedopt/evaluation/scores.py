@@ -382,9 +382,13 @@ def _log_ratio(ours: float, theirs: float) -> float:
 
 
 def losses_of(results: Results, ours: Entry, theirs: Entry, horizon: int) -> Iterator[tuple[str, float | None]]:
-    """The tasks on which ``ours`` ends above ``theirs``, and by what factor of the median loss if none is negative."""
+    """The tasks on which ``ours`` ends above ``theirs``, and by what factor of the median loss if none is negative;
+    infinite where half of the runs have diverged."""
     for task in results.tasks:
         a, b = results.final(task, ours, horizon), results.final(task, theirs, horizon)
         if a is not None and b is not None and np.median(a) > np.median(b):
             medians = float(np.median(a)), float(np.median(b))
-            yield task, math.exp(min(_log_ratio(*medians), 700.0)) if min(medians) >= 0 else None
+            if math.isinf(medians[0]):
+                yield task, math.inf
+            else:
+                yield task, math.exp(min(_log_ratio(*medians), 700.0)) if min(medians) >= 0 else None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from learnedopt.evaluation.records import Record
+from learnedopt.evaluation.report import _losses
 from learnedopt.evaluation.scores import (
     TAUS,
     Entry,
@@ -140,6 +141,16 @@ def test_comparisons_count_tasks_and_say_which_are_sure(results: Results) -> Non
     assert (against_tuned.better, against_tuned.surely_better, against_tuned.surely_worse) == (1, 1, 1)
     ((task, factor),) = losses_of(results, RULE, TUNED, 100)
     assert task == "vae" and factor == pytest.approx(1.5)
+
+
+def test_a_task_on_which_half_of_the_runs_diverge_is_lost_by_no_factor() -> None:
+    found = records()
+    for record in found:
+        if record["kind"] == "run" and record["task"] == "vae" and record["contender"] == RULE.contender:
+            record["losses"] = [[*row[:-1], None] for row in record["losses"]]
+    results = Results(found)
+    assert list(losses_of(results, RULE, TUNED, 100)) == [("vae", np.inf)]
+    assert any("above it on 1 of 2: vae (diverged);" in line for line in _losses(results, 100))
 
 
 def test_losses_may_be_negative() -> None:
