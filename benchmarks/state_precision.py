@@ -58,6 +58,10 @@ VARIANTS: dict[str, tuple[torch.dtype, BackendName]] = {
 }
 
 
+ON_MNIST = ("mnist-mlp", "mnist-mlp-curriculum", "rnnprop")
+"""Rules that were made for one network on MNIST."""
+
+
 @dataclass(frozen=True)
 class Setting:
     rule: str
@@ -79,10 +83,10 @@ def settings(root: Path | None, share: float) -> dict[str, Callable[[], Setting]
     def quadratic(rule: str, entries: Any) -> Setting:
         return Setting(rule, Quadratics(entries=entries), 100, count(4000), chunk=500, window=1, stacked=True)
 
-    def network() -> Setting:
+    def network(rule: str) -> Setting:
         assert root is not None
         family = MLPClassification(mnist(root), ((20,),), ("sigmoid",), initial_std=None)
-        return Setting("mnist-mlp", family, steps=200, problems=count(32), chunk=16, stacked=True)
+        return Setting(rule, family, steps=200, problems=count(32), chunk=16, stacked=True)
 
     families: dict[str, Callable[[], TaskFamily]] = {
         "digits MLP": lambda: MLPClassification(initial_std=None),
@@ -101,7 +105,7 @@ def settings(root: Path | None, share: float) -> dict[str, Callable[[], Setting]
     return {
         "quadratic": lambda: quadratic("quadratic", "gaussian"),
         "quadratic-uniform": lambda: quadratic("quadratic-uniform", "uniform"),
-        "mnist-mlp": network,
+        **{rule: partial(network, rule) for rule in ON_MNIST},
         **{
             f"{rule}, {name}": partial(general, rule, make_family)
             for rule in filter(keeps_vectors, ("adam-lstm", "default"))
@@ -176,7 +180,7 @@ def main() -> None:
     for name, make in makers.items():
         if args.only and not name.startswith(tuple(args.only)):
             continue
-        if name == "mnist-mlp" and args.root is None:
+        if name in ON_MNIST and args.root is None:
             continue
         setting = make()
         losses = {variant: final_losses(setting, *how) for variant, how in VARIANTS.items()}
