@@ -190,14 +190,14 @@ def main() -> None:
             "backend": LearnedOptimizer([torch.zeros(1)], setting.rule).backend,
             "steps": setting.steps,
             "problems": len(losses["float32"]),
+            "commit": source_commit(),
+            "torch": str(torch.__version__),
             "ratios": compare(losses),
             "losses": losses,
         }
         print(table({name: results[name]}), flush=True)
         provenance = {
             "learnedopt": learnedopt.__version__,
-            "commit": source_commit(),
-            "torch": str(torch.__version__),
             "machine": f"1 CPU thread, {platform.machine()}",
             "seed": SEED,
         }
