@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from learnedopt.fewshot.batch_norm import batch_norm
+
 Normalization = Literal["transductive", "support", "running"]
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
@@ -139,11 +141,8 @@ def _normalized(
     if scope.running:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps), None
     if scope.rows is None or scope.rows >= x.shape[axis]:
-        if scope.record is None:
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), None
-        # With a momentum of one, what torch puts into the running averages is this batch's statistics.
-        mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
-        return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps), (mean, variance)
+        x, mean, variance = batch_norm(x, weight, bias, eps)
+        return x, (mean, variance)
     part = x.narrow(axis, 0, scope.rows)
     variance, mean = torch.var_mean(part, [axis for axis in range(x.ndim) if axis != 1], correction=0)
     count = part.numel() // part.shape[1]
