@@ -117,6 +117,15 @@ def problems() -> list[Problem]:
             5,
             rate=0.4,
         ),
+        Problem(
+            "Conv4-64 with strides, MAML, 2 tasks, 20-way 5-shot, 5 steps",
+            "maml",
+            Conv4(64, downsample="stride"),
+            images(2, ways=20, shots=5, queries=5),
+            20,
+            steps=5,
+            rate=0.02,
+        ),
         Problem("Conv4-64, ProtoNet, 8 tasks, 5-way 1-shot", "protonet", conv, digits, 0),
     ]
 

@@ -261,7 +261,7 @@ def adamw(*lrs: float, own: float | None = None) -> dict[str, tuple[str, float]]
 SCRIPTS = {
     "resnet18": Script(
         repository="pytorch/vision",
-        commit="428a54c96e82226c0d2d8522e9cbfdca64283da0",
+        commit="bf01bab6125c5f1152e4f336b470399e52a8559d",
         folder="vision/references/classification",
         file="train.py",
         changed_file="train.py",
