@@ -2,7 +2,8 @@
 
 What is in bases costs copies: parameters and gradients there, and the updates, of as many tensors at once as have
 together :data:`AT_ONCE` coordinates. A tensor that has more is worked on in strips along the side that has no basis, if
-one has none: once for what the rule has to know of the whole, and once to move it.
+one has none: once for what the rule has to know of the whole, and once to move it. Small ones of one shape are stacked,
+because what their products cost is the calls.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ AT_ONCE = 3 << 20
 less than 64 MiB."""
 STRIP = AT_ONCE // 4
 """Coordinates of a strip, of which state may be copied too."""
+STACKED = 1 << 16
+"""Coordinates above which a tensor is not stacked with others: its products take longer than the calls for them."""
 
 
 @torch.compiler.disable(reason="the host decides at which steps bases follow")
@@ -45,9 +48,9 @@ def step_in_bases(
     loss: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """As :func:`~learnedopt.kernels.dispatch.step`, for tensors that have bases, and in them.
+    """As :func:`~learnedopt.kernels.dispatch.step`, in the bases of those tensors that have any.
 
-    Their states have, beside what backends know of, the rule's matrices and :data:`AGE`.
+    Their states have, beside what backends know of, the rule's matrices and :data:`AGE`. Others are moved as they are.
 
     Args:
         backend: One that serves ``rule.inner``.
@@ -70,8 +73,15 @@ def step_in_bases(
         if skip is not None and skip:
             return
         lr, skip = float(lr), None
+    if weight_decay:  # a backend multiplies the coordinates it is given, which in bases are not the parameters'
+        plain = [index for index, state in enumerate(tensors.states) if AGE not in state]
+        inside = [index for index, state in enumerate(tensors.states) if AGE in state]
+        if plain:
+            step(backend, rule.inner, tensors.select(plain), lr=lr, weight_decay=weight_decay, loss=loss, skip=skip)
+            tensors = tensors.select(inside)
+    sizes = [param.numel() + _copied(rule, param, state) for param, state in zip(tensors.params, tensors.states)]
     with _precise_products(tensors.device):
-        for indices in blocks.bundles(tensors.counts, AT_ONCE):
+        for indices in blocks.bundles(sizes, AT_ONCE):
             some = tensors.select(indices)
             in_strips = sum(some.counts) > AT_ONCE and len(rule.sides(some.params[0].shape)) == 1
             take = _step_in_strips if in_strips else _step_together
@@ -112,27 +122,34 @@ def _step_together(
     loss: Tensor | None,
     skip: Tensor | None,
 ) -> None:
-    bases, params, grads = [], [], []
-    for param, grad, state in zip(tensors.params, tensors.grads, tensors.states):
-        matrix = in_range(grad.to(tensors.dtype)).reshape(as_matrix(grad.shape))
+    params, grads = list(tensors.params), list(tensors.grads)
+
+    def enter(indices: Sequence[int]) -> tuple[Bases, Sequence[Tensor], Tensor, Tensor]:
+        """Those that are alike, in bases: their own, what they are there, and the copy of it that a backend moves."""
+        some = tensors.select(indices)
+        shape = as_matrix(some.params[0].shape)
+        matrix = in_range(_stack([grad.to(tensors.dtype).reshape(shape) for grad in some.grads]))
         size = GradientSize.of([matrix])
-        here = _follow(rule, [matrix], size, as_matrix(grad.shape), state, tensors, skip)
-        bases.append(here)
-        params.append(here.enter(param.to(tensors.dtype).reshape(matrix.shape)).view(param.shape))
-        grads.append(above_rounding(here.enter(matrix), size).view(param.shape))
-    moved = [param.clone() for param in params]
+        here = _follow(rule, [matrix], size, shape, some.states, tensors, skip)
+        before = here.enter(_stack([param.to(tensors.dtype).reshape(shape) for param in some.params]))
+        after, turned = before.clone(), above_rounding(here.enter(matrix), size)
+        for index, param, own, slope in zip(indices, some.params, _each(after, indices), _each(turned, indices)):
+            params[index], grads[index] = own.view(param.shape), slope.view(param.shape)
+        return here, some.params, before, after
+
+    entered = [enter(indices) for indices in _alike(rule, tensors)]
     step(
         backend,
         rule.inner,
-        replace(tensors, params=moved, grads=grads, together=tensors.num_together),
+        replace(tensors, params=params, grads=grads, together=tensors.num_together),
         lr=lr,
         weight_decay=0.0,  # which is of the parameters as they are, those too that no update reaches
         loss=loss,
         skip=skip,
     )
-    del matrix, grads
-    for here, param, before, after in zip(bases, tensors.params, params, moved):
-        _take_back(here, param, before, after, lr, weight_decay, skip)
+    grads.clear()
+    for here, originals, before, after in entered:
+        _take_back(here, originals, before, after, lr, weight_decay, skip)
 
 
 def _step_in_strips(
@@ -154,7 +171,7 @@ def _step_in_strips(
     params = _strips(rule, matrix, shape)
     strips = _InRange(_strips(rule, grad.reshape(shape), shape), tensors.dtype)
     size = GradientSize.of(strips)
-    here = _follow(rule, strips, size, shape, state, tensors, skip)
+    here = _follow(rule, strips, size, shape, [state], tensors, skip)
     pieces = _state_in_strips(rule, state, tensors, shape)
     sums: dict[int, Tensor] = {}
 
@@ -190,7 +207,7 @@ def _step_in_strips(
         for name, values in piece.items():
             if given.states[0][name] is not values:
                 values.copy_(given.states[0][name])
-        _take_back(here, strip, before, given.params[0], lr, weight_decay, skip)
+        _take_back(here, [strip], before, given.params[0], lr, weight_decay, skip)
     keep_tensor_state([state], tensor_state, skip)
     if matrix.data_ptr() != param.data_ptr():
         param.copy_(matrix.view(param.shape))
@@ -198,22 +215,23 @@ def _step_in_strips(
 
 def _take_back(
     here: Bases,
-    param: Tensor,
+    params: Sequence[Tensor],
     before: Tensor,
     after: Tensor,
     lr: float | Tensor,
     weight_decay: float,
     skip: Tensor | None,
 ) -> None:
-    """Move parameters, a tensor or a strip of one, as they have moved in the bases. ``after`` is used up."""
+    """Move parameters as they have moved in the bases: one, a strip of one, or a stack. ``after`` is used up."""
     if not isinstance(lr, Tensor) and lr == 0.0:
         return
-    shape = as_matrix(param.shape)
-    delta = here.leave(after.sub_(before).view(shape)).reshape(param.shape)
-    new = ((1.0 - lr * weight_decay) * param.to(before.dtype)).add_(delta)
+    delta = here.leave(after.sub_(before).view(before.shape))
+    old = _stack([param.to(before.dtype).reshape(as_matrix(param.shape)) for param in params])
+    new = ((1.0 - lr * weight_decay) * old).add_(delta)
     if isinstance(lr, Tensor):
-        new = torch.where(lr == 0, param, new)
-    param.copy_(new if skip is None else torch.where(skip, param, new))
+        new = torch.where(lr == 0, old, new)
+    new = _unless(skip, new, old)
+    _write(params, [value.view(param.shape) for value, param in zip(_each(new, params), params)])
 
 
 def _follow(
@@ -221,23 +239,66 @@ def _follow(
     grad: Iterable[Tensor],
     size: GradientSize,
     shape: tuple[int, int],
-    state: State,
+    states: Sequence[State],
     tensors: Tensors,
     skip: Tensor | None,
 ) -> Bases:
-    """Let the matrices follow a gradient, in place, and what else the state has turn with them."""
-    matrices = {name: state[name] for name in rule.matrices(shape)}
-    if not state[AGE] and not _begins(size, skip):
+    """Let the matrices follow a gradient, in place, and what else the state has turn with them.
+
+    Args:
+        states: Of one tensor, or of as many of one age as gradient and size have on their first axis.
+    """
+    matrices = {name: _stack([state[name] for state in states]) for name in rule.matrices(shape)}
+    if not states[0][AGE] and not _begins(size, skip):
         return Bases(matrices)
-    state[AGE] += 1
-    after, turns = rule.followed(grad, size, matrices, int(state[AGE]))
+    for state in states:
+        state[AGE] += 1
+    after, turns = rule.followed(grad, size, matrices, int(states[0][AGE]))
     for name, value in after.items():
-        matrices[name].copy_(_unless(skip, value, matrices[name]))
+        new = _unless(skip, value, matrices[name])
+        _write([state[name] for state in states], _each(new, states))
+        if len(states) > 1:
+            matrices[name] = new
     if turns:
-        for piece in _state_in_strips(rule, state, tensors, shape):
-            for name, value in rule.carried(piece, turns).items():
-                piece[name].copy_(_unless(skip, value, piece[name]))
+        for pieces in zip(*(_state_in_strips(rule, state, tensors, shape) for state in states)):
+            whole = {name: _stack([piece[name] for piece in pieces], -3) for name in pieces[0]}
+            for name, value in rule.carried(whole, turns).items():
+                _write([piece[name] for piece in pieces], _each(_unless(skip, value, whole[name]), pieces, -3))
     return Bases(matrices)
+
+
+def _alike(rule: EigenbasisRule, tensors: Tensors) -> list[list[int]]:
+    """Those that have bases, and which of them are stacked: those of one shape, and of one age, that have begun."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index, (param, state) in enumerate(zip(tensors.params, tensors.states)):
+        if AGE not in state:
+            continue
+        age = int(state[AGE])
+        key = (*as_matrix(param.shape), age) if age and _copied(rule, param, state) else (index,)
+        found.setdefault(key, []).append(index)
+    return list(found.values())
+
+
+def _copied(rule: EigenbasisRule, param: Tensor, state: State) -> int:
+    """How many numbers a tensor's matrices have, where it is small enough to be copied into a stack with them: or 0."""
+    if AGE not in state or param.numel() > STACKED:
+        return 0
+    matrices = sum(length * length for length in rule.sides(param.shape).values())
+    return matrices if matrices <= 4 * param.numel() else 0
+
+
+def _stack(values: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One array of several; of one that array itself, without a further axis."""
+    return values[0] if len(values) == 1 else torch.stack(list(values), dim)
+
+
+def _each(stack: Tensor, of: Sequence[object], dim: int = 0) -> Sequence[Tensor]:
+    """The reverse of :func:`_stack`."""
+    return [stack] if len(of) == 1 else stack.unbind(dim)
+
+
+def _write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(targets), list(values))
 
 
 def _begins(size: GradientSize, skip: Tensor | None) -> bool:

@@ -53,8 +53,9 @@ def step(
 def keep_tensor_state(states: Sequence[State], tensor_state: State, skip: Tensor | None) -> None:
     """Write the tensor-scope state that :meth:`~learnedopt.kernels.Backend.statistics` gave, unless to be skipped."""
     for name, values in tensor_state.items():
-        for state, value in zip(states, values.unbind(-1)):
-            state[name].copy_(value if skip is None else torch.where(skip, state[name], value))
+        kept = [state[name] for state in states]
+        new = values if skip is None else torch.where(skip, torch.stack(kept, dim=-1), values)
+        torch._foreach_copy_(kept, list(new.unbind(-1)))
 
 
 @torch.compiler.disable(reason="blocked, native and triton are kernels of their own, and are not compiled once more")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.kernels.base import Tensors
-from learnedopt.rules import AdamLSTMRule, ScheduleFreeLSTMRule, Segments, State, UpdateRule
+from learnedopt.rules import AdamLSTMRule, ScheduleFreeLSTMRule, State, UpdateRule
 
 TakesMeans = AdamLSTMRule | ScheduleFreeLSTMRule
 """The rules that take means."""
@@ -25,14 +25,11 @@ class Form:
     corrections: int
     """The first rows of the statistics, which follow from the number of steps; the others follow from the means."""
     sums: int
-    """How many means it takes."""
+    """How many means it takes; its ``statistics_from_means`` says of what."""
 
 
 ADAM_LSTM = Form(("fast", "slow", "square"), corrections=3, sums=3)
-"""The means are those of the squared parameter, ``a * g`` and ``b ** 2``."""
 SCHEDULE_FREE_LSTM = Form(("momentum", "square", "offset", "origin"), corrections=3, sums=8)
-"""The means are those of the squared parameter, ``a * g``, ``a ** 2``, ``offset ** 2``, ``offset * a``, and, of the
-gradient and the way from the parameter to its origin, both clamped, the product and the squares."""
 FORMS: dict[type[UpdateRule], Form] = {AdamLSTMRule: ADAM_LSTM, ScheduleFreeLSTMRule: SCHEDULE_FREE_LSTM}
 
 
@@ -43,16 +40,13 @@ def statistics_from_sums(rule: TakesMeans, tensors: Tensors, sums: Callable[[Ten
         sums: From the corrections ``(C, S)`` to the sums ``(K, S)``, over the coordinates that are here, of what the
             rule takes the means of, with ``C`` and ``K`` as in its :class:`Form`.
     """
-    form = FORMS[type(rule)]
-    means = _KnownMeans(torch.zeros(form.sums, len(tensors.params), dtype=tensors.dtype, device=tensors.device))
-    means.together = tensors.num_together
-    none = means.values.new_empty(0)
-    state = dict.fromkeys(form.numbers, none) | _tensor_state(rule, tensors)
-    totals = sums(rule.corrections(state))
+    state = _tensor_state(rule, tensors)
+    corrections = rule.corrections(state)
+    totals = sums(corrections)
     if tensors.total is not None:
         totals = tensors.total(totals)
-    means.values = totals / _counts(tuple(tensors.counts), tensors.dtype, tensors.device)
-    return rule.statistics(none, none, state, means)
+    means = totals / _counts(tuple(tensors.counts), tensors.dtype, tensors.device)
+    return rule.statistics_from_means(means, corrections, state, tensors.num_together)
 
 
 def statistics_without_coordinates(rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
@@ -65,17 +59,6 @@ def _tensor_state(rule: UpdateRule, tensors: Tensors) -> State:
     """What tensors have, ``(*shape, S)``."""
     names = [name for name, spec in rule.state_spec().items() if spec.scope == "tensor"]
     return {name: torch.stack([state[name] for state in tensors.states], dim=-1) for name in names}
-
-
-class _KnownMeans(Segments):
-    """Segments of tensors that are not here, whose means are known."""
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__([0] * values.shape[1])
-        self.values = values
-
-    def mean(self, x: Tensor) -> Tensor:
-        return self.values
 
 
 @lru_cache(maxsize=64)

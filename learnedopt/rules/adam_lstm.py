@@ -133,9 +133,23 @@ class AdamLSTMRule(UpdateRule):
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        step, corrections = state["step"] + 1.0, self.corrections(state)
+        corrections = self.corrections(state)
         _, (a, b, g) = self._directions(grad, state, segments.expand(corrections))
         means = segments.mean(torch.stack([param.square(), a * g, b.square()]))
+        return self.statistics_from_means(means, corrections, state, segments.together)
+
+    def statistics_from_means(
+        self, means: Tensor, corrections: Tensor, state: State, together: int
+    ) -> tuple[Tensor, State]:
+        """What :meth:`statistics` gives.
+
+        Args:
+            means: Over each tensor, ``(3, S)``: of the squared parameter, ``a * g`` and ``b ** 2``.
+            corrections: What :meth:`corrections` gives.
+            state: Of tensors; that of coordinates is not read.
+            together: How many tensors are trained together, which counts for nothing here.
+        """
+        step = state["step"] + 1.0
         rms_param, consistency = (means[row].add(1e-12).log() / 6.0 for row in (0, 2))
         shared = torch.stack(
             [

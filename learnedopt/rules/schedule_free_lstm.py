@@ -180,16 +180,31 @@ class ScheduleFreeLSTMRule(UpdateRule):
     def statistics(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        config = self.config
-        step, offset, corrections = state["step"] + 1.0, state["offset"], self.corrections(state)
+        corrections = self.corrections(state)
         expanded = segments.expand(corrections)
         _, (a, g) = self._directions(grad, state, expanded)
         slope = grad.clamp(-self.way_limit, self.way_limit)
         # At the first step the way is zero, and so is its derivative: none that others would have to cancel.
         way = (state["origin"] - (1.0 - expanded[2]) * param).clamp(-self.way_limit, self.way_limit)
+        offset = state["offset"]
         products = [param.square(), a * g, a.square(), offset.square(), offset * a]
         means = segments.mean(torch.stack([*products, slope * way, slope.square(), way.square()]))
-        keep = config.way_decay
+        return self.statistics_from_means(means, corrections, state, segments.together)
+
+    def statistics_from_means(
+        self, means: Tensor, corrections: Tensor, state: State, together: int
+    ) -> tuple[Tensor, State]:
+        r"""What :meth:`statistics` gives.
+
+        Args:
+            means: Over each tensor, ``(8, S)``: of the squared parameter, :math:`a \tilde g`, :math:`a^2`,
+                :math:`d^2`, :math:`d\, a`, and of gradient and way, both clamped, the product and the squares.
+            corrections: What :meth:`corrections` gives.
+            state: Of tensors; that of coordinates is not read.
+            together: How many tensors are trained together.
+        """
+        config = self.config
+        step, keep = state["step"] + 1.0, config.way_decay
         averages = {name: keep * state[name] + (1.0 - keep) * mean for name, mean in zip(_AVERAGES, means[5:])}
         # Two roots, because the product of two squares may leave the range of float32 where neither does.
         roots = [averages[name].clamp(min=1e-30).sqrt() for name in ("steepness", "distance")]
@@ -209,7 +224,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
                 (log_offset - log_param).clamp(-7.0 / 3.0, 1.0),
                 step.clamp(max=config.max_time).log() / math.log(config.max_time),
                 torch.tanh(config.way_gain * correlation),
-                torch.full_like(step, math.log(max(segments.together, 1)) / 3.0),
+                torch.full_like(step, math.log(max(together, 1)) / 3.0),
                 smallness,
                 torch.exp((1.0 - step) / config.warmup),
             ]

@@ -163,13 +163,80 @@ def test_a_step_that_is_skipped_on_the_device_changes_nothing_but_the_age(age: i
         param.grad = torch.zeros(6, 5)
         optimizer.step()
     state = optimizer.state[param]
+    states = [state, {name: values.clone() for name, values in state.items()}] if age else [state]
     before = {name: values.clone() for name, values in state.items()}
-    tensors = Tensors([param], [torch.ones(6, 5)], [state], torch.float32, "float32", [30])
-    size = GradientSize.of(tensors.grads)
-    bases._follow(make_rule(), tensors.grads, size, (6, 5), state, tensors, torch.tensor(True))
-    for name, values in state.items():
-        assert same_bits([values], [before[name] + (name == AGE and age > 0)]), name
+    grads = [torch.ones(6, 5)] * len(states)
+    tensors = Tensors([param] * len(states), grads, states, torch.float32, "float32", [30] * len(states))
+    stack = torch.stack(grads) if age else grads[0]
+    size = GradientSize.of([stack])
+    bases._follow(make_rule(), [stack], size, (6, 5), states, tensors, torch.tensor(True))
+    for name in state:
+        for found in states:
+            assert same_bits([found[name]], [before[name] + (name == AGE and age > 0)]), name
     assert same_bits([state["left_basis"]], [torch.eye(6)]) == (age == 0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize(("layers", "state_dtype"), [(0, torch.float32), (1, torch.float32), (1, torch.int8)])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_stack_moves_as_its_tensors_do_alone(
+    backend: Any, layers: int, state_dtype: torch.dtype, weight_decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of one shape as matrices, one of which begins later; with a basis for one side; others beside them."""
+    config = EigenbasisConfig(num_layers=layers, hidden_size=4, settling=2, interval=2, max_side=8)
+    rule = trained(EigenbasisRule(config), scale=0.1)
+    shapes = [(6, 4), (5,), (6, 2, 2), (6, 4), (4, 9), (3, 3), (6, 4), (4, 9), ()]
+
+    def run() -> tuple[LearnedOptimizer, list[int]]:
+        generator, taken = torch.Generator().manual_seed(0), []
+
+        def counted(*args: Any) -> Bases:
+            taken.append(len(args[4]))
+            return follow(*args)
+
+        follow = bases._follow
+        params = [torch.randn(shape, generator=generator) for shape in shapes]
+        params[3] = params[3].t().contiguous().t()
+        params[6] = params[6].bfloat16()
+        optimizer = LearnedOptimizer(
+            [param.requires_grad_() for param in params],
+            rule,
+            lr=0.1,
+            weight_decay=weight_decay,
+            backend=backend,
+            state_dtype=state_dtype,
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(bases, "_follow", counted)
+            for step in range(5):
+                draw_grads(generator, params)
+                params[0].grad = cast(Tensor, params[0].grad) * (step > 1)
+                optimizer.step()
+        return optimizer, taken
+
+    stacked, taken = run()
+    # Each alone in its first step; then (6, 4) three together and the late one alone, and (4, 9) two together.
+    assert taken[:7] == [1] * 7
+    assert sorted(taken[7:11]) == [1, 1, 2, 3]
+    monkeypatch.setattr(bases, "STACKED", 0)
+    alone, taken = run()
+    assert taken == [1] * 7 * 5
+    for one, other in zip(stacked.param_groups[0]["params"], alone.param_groups[0]["params"], strict=True):
+        # What has eight bits may be rounded the other way, and an LSTM makes more of what is.
+        tolerance = 1e-2 if state_dtype == torch.int8 or other.dtype == torch.bfloat16 else 1e-4 if layers else 1e-5
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+        for name, values in alone.state[other].items():
+            if values.is_floating_point():
+                torch.testing.assert_close(stacked.state[one][name], values, rtol=tolerance, atol=tolerance)
+
+
+def test_copies_of_matrices_count_as_what_is_taken_together() -> None:
+    """A stack holds them too; of a thin matrix they are far larger than it, and so it is not stacked."""
+    rule = EigenbasisRule(EigenbasisConfig(num_layers=0))
+    copied = {(8, 8): 2 * 64, (8, 600): 64, (256, 256): 2 * 65536, (300, 2): 0, (300, 300): 0}
+    state = {AGE: torch.ones(())}
+    assert {shape: bases._copied(rule, torch.empty(shape), state) for shape in copied} == copied
+    assert bases._copied(rule, torch.empty(7), {}) == 0
 
 
 @pytest.mark.parametrize("zeros", [1, 5])

@@ -174,8 +174,10 @@ def test_without_gradients_an_unroll_keeps_no_graph_and_gives_the_same_losses(ki
 def test_the_optimizer_walks_the_path_of_the_unroll(
     kind: str, family: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    if kind == "eigenbasis":  # single products with bases are rounded otherwise than batched ones
-        tolerance *= 1e3
+    if kind == "eigenbasis":
+        # Single products are rounded otherwise than batched ones, on some processors more than on others, and where
+        # gradients are of low rank rounding decides in which order the columns come that have had none.
+        tolerance = max(1e3 * tolerance, 1e-5)
     rule = random_rule(kind, dtype)
     episode, generator = start(rule, family, copies=1)
     flat, task = episode.flat, episode.flat.task
