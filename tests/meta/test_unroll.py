@@ -175,9 +175,9 @@ def test_the_optimizer_walks_the_path_of_the_unroll(
     kind: str, family: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     if kind == "eigenbasis":
-        # Single products are rounded otherwise than batched ones, on some processors more than on others, and where
-        # gradients are of low rank rounding decides in which order the columns come that have had none.
-        tolerance = max(1e3 * tolerance, 1e-5)
+        # Single products are rounded otherwise than batched ones. Where two rows have had the same gradients, as two
+        # pixels of small images can, that decides which of them comes first in the bases, and later steps tell.
+        tolerance = max(1e3 * tolerance, 1e-3)
     rule = random_rule(kind, dtype)
     episode, generator = start(rule, family, copies=1)
     flat, task = episode.flat, episode.flat.task
