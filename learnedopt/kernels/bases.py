@@ -268,7 +268,10 @@ def _follow(
 
 
 def _alike(rule: EigenbasisRule, tensors: Tensors) -> list[list[int]]:
-    """Those that have bases, and which of them are stacked: those of one shape, and of one age, that have begun."""
+    """Those that have bases, and which of them are stacked: those of one shape, and of one age, that have begun.
+
+    What is stacked is copied several times while bases follow, so that stacks have a limit.
+    """
     found: dict[tuple[int, ...], list[int]] = {}
     for index, (param, state) in enumerate(zip(tensors.params, tensors.states)):
         if AGE not in state:
@@ -276,7 +279,13 @@ def _alike(rule: EigenbasisRule, tensors: Tensors) -> list[list[int]]:
         age = int(state[AGE])
         key = (*as_matrix(param.shape), age) if age and _copied(rule, param, state) else (index,)
         found.setdefault(key, []).append(index)
-    return list(found.values())
+    stacks = []
+    for indices in found.values():
+        first = indices[0]
+        size = tensors.params[first].numel() + _copied(rule, tensors.params[first], tensors.states[first])
+        pieces = blocks.bundles([size] * len(indices), AT_ONCE // 8)
+        stacks += [[indices[position] for position in piece] for piece in pieces]
+    return stacks
 
 
 def _copied(rule: EigenbasisRule, param: Tensor, state: State) -> int:

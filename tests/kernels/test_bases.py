@@ -113,18 +113,22 @@ def test_a_tensor_in_strips_moves_as_it_does_whole(
                 torch.testing.assert_close(cut.state[one][name], values, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("shape", [(20000, 16), (16, 20000), (170, 72)])
-def test_what_a_step_needs_does_not_grow_with_the_tensor(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("shape", "count"), [((20000, 16), 1), ((16, 20000), 1), ((170, 72), 1), ((14, 14), 200), ((4, 14), 500)]
+)
+def test_what_a_step_needs_does_not_grow_with_the_model(
+    shape: tuple[int, int], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Less than 64 MiB with the settings as they are, and so a 256th of that with a 256th of them."""
-    monkeypatch.setattr(bases, "AT_ONCE", bases.AT_ONCE // 256)
-    monkeypatch.setattr(bases, "STRIP", bases.STRIP // 256)
+    for name in ("AT_ONCE", "STRIP", "STACKED"):
+        monkeypatch.setattr(bases, name, getattr(bases, name) // 256)
     rule = trained(EigenbasisRule(EigenbasisConfig(num_layers=0, max_side=80)), scale=0.1)
-    param = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    optimizer = LearnedOptimizer([param], rule, backend="blocked")
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).requires_grad_() for _ in range(count)]
+    draw_grads(generator, params)
+    optimizer = LearnedOptimizer(params, rule, backend="blocked")
     optimizer.step()
+    draw_grads(generator, params)
     assert extra_memory(optimizer.step, torch.device("cpu")) < 64 * 2**20 // 256
 
 
