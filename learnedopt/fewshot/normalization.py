@@ -36,6 +36,7 @@ class _Scope:
     rows: int | None
     running: bool
     record: Statistics | None
+    twice: bool
 
 
 _SCOPE: ContextVar[_Scope | None] = ContextVar("_SCOPE", default=None)
@@ -47,6 +48,7 @@ def statistics(
     *,
     running: bool = False,
     record: Statistics | None = None,
+    twice: bool = False,
 ) -> Iterator[None]:
     """Within, :class:`EpisodicBatchNorm` uses the statistics of the first ``rows`` examples, by default of all.
 
@@ -54,8 +56,9 @@ def statistics(
         rows: How many examples, counted from the first, the statistics are taken over.
         running: Use the running averages instead.
         record: Receives the mean and the unbiased variance that each module has used, as constants.
+        twice: Whether gradients will be differentiated: the same values, by the faster way for that.
     """
-    token = _SCOPE.set(_Scope(rows, running, record))
+    token = _SCOPE.set(_Scope(rows, running, record, twice))
     try:
         yield
     finally:
@@ -141,8 +144,14 @@ def _normalized(
     if scope.running:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps), None
     if scope.rows is None or scope.rows >= x.shape[axis]:
-        x, mean, variance = batch_norm(x, weight, bias, eps)
-        return x, (mean, variance)
+        if scope.twice:
+            x, mean, variance = batch_norm(x, weight, bias, eps)
+            return x, (mean, variance)
+        if scope.record is None:
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), None
+        # With a momentum of one, what torch puts into the running averages is this batch's statistics.
+        mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+        return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps), (mean, variance)
     part = x.narrow(axis, 0, scope.rows)
     variance, mean = torch.var_mean(part, [axis for axis in range(x.ndim) if axis != 1], correction=0)
     count = part.numel() // part.shape[1]

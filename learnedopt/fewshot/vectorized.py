@@ -32,6 +32,7 @@ def apply(
     shared: dict[str, Tensor] | None = None,
     rows: int | None = None,
     running: bool = False,
+    twice: bool = False,
     record: Callable[[Statistics], None] | None = None,
     tied: dict[str, str] | None = None,
 ) -> Tensor:
@@ -42,7 +43,7 @@ def apply(
         params: Parameters by name that differ between episodes, each ``(E, *shape)``; the module has the others.
         x: ``(E, n, *example)``.
         shared: Parameters and buffers by name to use in place of the module's own, in all episodes.
-        rows, running: As in :func:`statistics`.
+        rows, running, twice: As in :func:`statistics`.
         record: Called with the statistics used, each ``(E, channels)``.
         tied: What :func:`tied_names` gives for the module, where ``params`` holds parameters that may be tied.
 
@@ -56,7 +57,7 @@ def apply(
         # squeeze, because the derivative of x[0] would be an array of zeros and a copy into it.
         found: Statistics = {}
         own = {name: value.squeeze(0) for name, value in params.items()}
-        with statistics(rows, running=running, record=None if record is None else found):
+        with statistics(rows, running=running, twice=twice, record=None if record is None else found):
             outputs = torch.func.functional_call(
                 module, {**shared, **own}, (x.squeeze(0),), tie_weights=False
             ).unsqueeze(0)
@@ -70,7 +71,7 @@ def apply(
     layers = _layers(module, "", {})
     if layers is not None:
         found = {}
-        with statistics(rows, running=running, record=None if record is None else found):
+        with statistics(rows, running=running, twice=twice, record=None if record is None else found):
             outputs = _run_layers(layers, {**shared, **params}, x)
         if record is not None:
             record(found)
@@ -79,7 +80,7 @@ def apply(
 
     def one(own: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         used: Statistics = {}
-        with statistics(rows, running=running, record=None if record is None else used):
+        with statistics(rows, running=running, twice=twice, record=None if record is None else used):
             outputs = torch.func.functional_call(module, {**shared, **own}, (x,), tie_weights=False)
         norms[:] = used
         return outputs, list(used.values())

@@ -212,7 +212,8 @@ class InnerLoopLearner(Learner):
             }
             own = {name.removeprefix(support.prefix): value for name, value in point.items()}
             shared = {} if support.prefix else self.shared(updates)
-            losses = episode_losses(self._run(support.module, own, shared, updates, support.x, None, record), y)
+            outputs = self._run(support.module, own, shared, updates, support.x, None, record, second_order)
+            losses = episode_losses(outputs, y)
             if ways is not None and self.config.inner_loss == "sum_over_classes":
                 losses = ways * losses
             found = torch.autograd.grad(
@@ -234,11 +235,12 @@ class InnerLoopLearner(Learner):
         x: Tensor,
         rows: int | None,
         record: Record | None,
+        twice: bool = False,
     ) -> Tensor:
         running = self.config.normalization == "running" and not self.training
         seen = None if record is None else partial(record, updates)
         tied = self.tied if module is self.model else None
-        return apply(module, params, x, shared=shared, rows=rows, running=running, record=seen, tied=tied)
+        return apply(module, params, x, shared=shared, rows=rows, running=running, twice=twice, record=seen, tied=tied)
 
 
 def flatten(params: Params) -> Tensor:
