@@ -47,6 +47,7 @@ from torch import Generator, Tensor, nn
 
 from learnedopt.fewshot import Conv4, Episodes, LearnerConfig, LearnerShape, Sinusoid
 from learnedopt.fewshot.backbones import MLP, BackboneConfig
+from learnedopt.fewshot.batch_norm import batch_norm
 from learnedopt.fewshot.learners import MAMLConfig, ProtoNetConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -433,6 +434,31 @@ def measure(problem: Problem, repeats: int) -> dict[str, Any]:
     return report
 
 
+def second_derivatives(repeats: int) -> dict[str, dict[str, list[float]]]:
+    """CPU seconds to differentiate the gradient of a batch normalization, by images and size, with channels last."""
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "torch": lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, True),
+        "learnedopt": lambda x, weight, bias: batch_norm(x, weight, bias, 1e-5)[0],
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for images, size in ((5, 14), (20, 14), (100, 14), (100, 7)):
+        draws = Generator().manual_seed(0)
+        x, grad, v = (
+            torch.randn(images, 64, size, size, generator=draws).to(memory_format=torch.channels_last) for _ in range(3)
+        )
+        weight, bias = torch.ones(64), torch.zeros(64)
+        inputs = [value.requires_grad_() for value in (x, weight, bias, grad)]
+        times = found[f"{images} images, 64 channels of {size}×{size}"] = {name: [] for name in ways}
+        for _ in range(10 * repeats):
+            for name, normalize in ways.items():
+                outputs = normalize(x, weight, bias)
+                (dx,) = torch.autograd.grad(outputs, x, grad, create_graph=True)
+                started = time.process_time()
+                torch.autograd.grad(dx, inputs, v, allow_unused=True)
+                times[name].append(time.process_time() - started)
+    return found
+
+
 def peak(problem: Problem, name: str) -> int | None:
     """In a process of its own, since a step would use again what the one before has freed."""
     if not Path("/proc/self/clear_refs").exists():
@@ -493,6 +519,16 @@ def report(result: dict[str, Any]) -> str:
             memory = "" if values["peak bytes"] is None else f"{values['peak bytes'] / 1e6:.0f}"
             same = "yes" if values["same"] else f"no: loss {values['loss']:.3f}"
             lines.append(f"| {row} | {cpu:.2f} | {wall:.2f} | {speed:.2f}× | {ratio:.2f}× | {memory} | {same} |")
+    lines += [
+        "",
+        "## Second derivatives of batch normalization",
+        "",
+        "| | torch, CPU ms | learnedopt, CPU ms | torch / learnedopt |",
+        "|---|--:|--:|--:|",
+    ]
+    for shape, times in result["second derivatives"].items():
+        theirs, mine = (1e3 * statistics.median(times[name]) for name in ("torch", "learnedopt"))
+        lines.append(f"| {shape} | {theirs:.2f} | {mine:.2f} | {theirs / mine:.1f}× |")
     return "\n".join(lines) + "\n"
 
 
@@ -528,6 +564,7 @@ def main() -> None:
         "versions": versions(),
         "repeats": repeats,
         "problems": {},
+        "second derivatives": second_derivatives(repeats),
     }
     for problem in problems():
         result["problems"][problem.name] = measure(problem, repeats)
