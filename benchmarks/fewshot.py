@@ -274,6 +274,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def judge(arguments: argparse.Namespace) -> None:
     """Evaluate all runs, saving after each."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "fewshot.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     results["command"] = "python benchmarks/fewshot.py evaluate --root DIR"
