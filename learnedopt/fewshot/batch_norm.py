@@ -26,8 +26,11 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         eps: Added to the variance.
 
     Returns:
-        What ``torch.nn.functional.batch_norm`` gives, differentiable any number of times; and, as constants, the mean
-        and the unbiased variance of each channel.
+        What ``torch.nn.functional.batch_norm`` gives, differentiable any number of times, backwards; and, as constants,
+        the mean and the unbiased variance of each channel.
+
+    Raises:
+        ValueError: a channel has one value only.
 
     Source: Ioffe & Szegedy, "Batch normalization: accelerating deep network training by reducing internal covariate
     shift", ICML 2015 (arXiv:1502.03167), algorithm 1.
@@ -36,6 +39,8 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     >>> y.flatten().tolist(), mean.item(), variance.item()
     ([-1.0, 1.0], 2.0, 2.0)
     """
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"expected more than 1 value per channel to take statistics of, got input of {tuple(x.shape)}")
     weight = x.new_ones(x.shape[1]) if weight is None else weight
     bias = x.new_zeros(x.shape[1]) if bias is None else bias
     y, mean, variance, _ = _Normalized.apply(x, weight, bias, eps)
@@ -50,7 +55,8 @@ class _Normalized(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # With a momentum of one, what torch puts into the running averages is this batch's statistics.
-        mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+        # They have the weight's dtype, which under autocast is wider than the input's.
+        mean, variance = (x.new_zeros(x.shape[1], dtype=weight.dtype) for _ in range(2))
         y, _, scale = torch.native_batch_norm(x, weight, bias, mean, variance, True, 1.0, eps)
         return y, mean, variance, scale
 
@@ -112,22 +118,22 @@ class _Gradients(Function):
             return value.view(-1, *[1] * (x.ndim - 2))
 
         if torch.is_grad_enabled():  # these will be differentiated too, and statistics depend on x
-            variance, mean = torch.var_mean(x, axes, correction=0)
+            variance, mean = torch.var_mean(x.to(weight.dtype), axes, correction=0)
             scale = torch.rsqrt(variance + ctx.eps)
         v = torch.zeros_like(x) if v is None else v
+        centred = x - channels(mean)
         # P is symmetric: v goes the way that dy went.
         for_dy, v_xhat, v_sum = _Gradients.apply(v, x, weight, mean, scale, ctx.eps)
         if vweight is not None or vbias is not None:
             vweight = torch.zeros_like(weight) if vweight is None else vweight
             vbias = torch.zeros_like(weight) if vbias is None else vbias
-            constant = vbias - vweight * scale * mean
-            for_dy = torch.addcmul(for_dy + channels(constant), x, channels(vweight * scale))
-        product = (v * dy).sum(axes) - (v_sum * dy_sum + v_xhat * dy_xhat) / count  # <v, P(dy)>
+            for_dy = torch.addcmul(for_dy + channels(vbias), centred, channels(vweight * scale))
+        product = (v * dy).sum(axes, dtype=scale.dtype) - (v_sum * dy_sum + v_xhat * dy_xhat) / count  # <v, P(dy)>
         of_dy = -weight * scale * v_xhat / count if vweight is None else vweight - weight * scale * v_xhat / count
         of_v = -weight * scale * dy_xhat / count
         of_xhat = -(of_dy * dy_xhat + of_v * v_xhat + weight * scale * product) / count
-        constant = -(of_dy * dy_sum + of_v * v_sum) / count - of_xhat * scale * mean
+        constant = -(of_dy * dy_sum + of_v * v_sum) / count
         for_x = torch.addcmul(channels(scale * constant), dy, channels(scale * of_dy))
         for_x = torch.addcmul(for_x, v, channels(scale * of_v))
-        for_x = torch.addcmul(for_x, x, channels(scale * scale * of_xhat))
+        for_x = torch.addcmul(for_x, centred, channels(scale * scale * of_xhat))
         return for_dy, for_x, scale * product, None, None, None

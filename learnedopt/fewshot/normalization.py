@@ -56,7 +56,7 @@ def statistics(
         rows: How many examples, counted from the first, the statistics are taken over.
         running: Use the running averages instead.
         record: Receives the mean and the unbiased variance that each module has used, as constants.
-        twice: Whether gradients will be differentiated: the same values, by the faster way for that.
+        twice: Whether gradients will be differentiated again: the same values, and faster second derivatives.
     """
     token = _SCOPE.set(_Scope(rows, running, record, twice))
     try:
@@ -150,7 +150,8 @@ def _normalized(
         if scope.record is None:
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), None
         # With a momentum of one, what torch puts into the running averages is this batch's statistics.
-        mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+        dtype = x.dtype if weight is None else weight.dtype
+        mean, variance = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
         return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps), (mean, variance)
     part = x.narrow(axis, 0, scope.rows)
     variance, mean = torch.var_mean(part, [axis for axis in range(x.ndim) if axis != 1], correction=0)

@@ -78,6 +78,8 @@ def step_in_bases(
         inside = [index for index, state in enumerate(tensors.states) if AGE in state]
         if plain:
             step(backend, rule.inner, tensors.select(plain), lr=lr, weight_decay=weight_decay, loss=loss, skip=skip)
+            if not inside:
+                return
             tensors = tensors.select(inside)
     sizes = [param.numel() + _copied(rule, param, state) for param, state in zip(tensors.params, tensors.states)]
     with _precise_products(tensors.device):
@@ -147,7 +149,7 @@ def _step_together(
         loss=loss,
         skip=skip,
     )
-    grads.clear()
+    grads.clear()  # to have room for what is taken back
     for here, originals, before, after in entered:
         _take_back(here, originals, before, after, lr, weight_decay, skip)
 
@@ -272,28 +274,30 @@ def _alike(rule: EigenbasisRule, tensors: Tensors) -> list[list[int]]:
 
     What is stacked is copied several times while bases follow, so that stacks have a limit.
     """
-    found: dict[tuple[int, ...], list[int]] = {}
+    found: dict[tuple[Any, ...], list[int]] = {}
     for index, (param, state) in enumerate(zip(tensors.params, tensors.states)):
         if AGE not in state:
             continue
         age = int(state[AGE])
-        key = (*as_matrix(param.shape), age) if age and _copied(rule, param, state) else (index,)
+        stacks = age and _copied(rule, param, state)
+        # By dtype, because copies to several at once may take that of the first for all (pytorch/pytorch 173531).
+        key = (*as_matrix(param.shape), age, param.dtype) if stacks else (index,)
         found.setdefault(key, []).append(index)
-    stacks = []
+    cut = []
     for indices in found.values():
         first = indices[0]
         size = tensors.params[first].numel() + _copied(rule, tensors.params[first], tensors.states[first])
         pieces = blocks.bundles([size] * len(indices), AT_ONCE // 8)
-        stacks += [[indices[position] for position in piece] for piece in pieces]
-    return stacks
+        cut += [[indices[position] for position in piece] for piece in pieces]
+    return cut
 
 
 def _copied(rule: EigenbasisRule, param: Tensor, state: State) -> int:
     """How many numbers a tensor's matrices have, where it is small enough to be copied into a stack with them: or 0."""
     if AGE not in state or param.numel() > STACKED:
         return 0
-    matrices = sum(length * length for length in rule.sides(param.shape).values())
-    return matrices if matrices <= 4 * param.numel() else 0
+    matrices = sum(2 * length * length for length in rule.sides(param.shape).values())
+    return matrices if matrices <= 8 * param.numel() else 0
 
 
 def _stack(values: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -47,7 +47,7 @@ from learnedopt.optim.sharding import (
     whole,
     zeros_beside,
 )
-from learnedopt.rules import State, UpdateRule
+from learnedopt.rules import EigenbasisRule, State, UpdateRule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -480,10 +480,11 @@ class LearnedOptimizer(Optimizer):
             batches.setdefault((rule, has_bases, dtype, spread(value)), []).append((value, grad, state))
         if self._rules[sha256].needs_loss and loss is None:
             return
-        for rule, has_bases, dtype, layout in [key for key in batches if key[1] and key[3] is None]:
-            # One call for those with bases and those without: on small networks calls are what a step costs.
-            served = rule.rule_for(batches[rule, has_bases, dtype, layout][0][0].dim())
-            batches[rule, has_bases, dtype, layout] += batches.pop((served, False, dtype, layout), [])
+        for rule, has_bases, dtype, layout in list(batches):
+            # One call for those with bases and those without: on small networks calls are what a step costs. What is
+            # compiled is left out, because what has bases is not.
+            if has_bases and layout is None and isinstance(rule, EigenbasisRule) and not torch.compiler.is_compiling():
+                batches[rule, has_bases, dtype, layout] += batches.pop((rule.inner, False, dtype, layout), [])
         for (rule, has_bases, dtype, layout), batch in batches.items():
             device = batch[0][0].device
             given = None if loss is None else _sent(loss, device, dtype)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from learnedopt.fewshot import normalization
 from learnedopt.fewshot.batch_norm import batch_norm
-from tests.fewshot.support import generator
+from tests.fewshot.support import episodes, generator, make
 
 EPS = 1e-3
 SHAPES = [(5, 3), (4, 3, 6), (4, 3, 2, 5)]
@@ -113,3 +115,33 @@ def test_under_vmap_with_second_derivatives() -> None:
     used = torch.func.vmap(lambda x: batch_norm(x, None, None, EPS)[1:])(x.requires_grad_())
     torch.testing.assert_close(used, (x.mean(1), x.var(1)))
     assert not any(value.requires_grad for value in used)
+
+
+def test_one_value_per_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        batch_norm(torch.ones(1, 3), None, None, EPS)
+
+
+def test_inputs_of_less_precision_than_weights() -> None:
+    """As under autocast."""
+    x, weight, bias = inputs((8, 3, 4, 4), dtype=torch.float32)
+    exact = derivatives(theirs, (x, weight, bias), 2)
+    short = x.detach().bfloat16().requires_grad_()
+    found = derivatives(mine, (short, weight, bias), 2)
+    for value, other in zip(found, exact):
+        assert (value.float() - other).norm() < 0.1 * other.norm()
+
+
+def test_it_is_used_where_gradients_are_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return batch_norm(*arguments)
+
+    monkeypatch.setattr(normalization, "batch_norm", counted)
+    for first_order in (True, False):
+        calls = 0
+        make("maml", first_order=first_order, steps=2).meta_loss(episodes()).backward()
+        assert (calls == 0) == first_order

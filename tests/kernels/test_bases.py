@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.step_cost import extra_memory
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import AGE, Tensors, bases
+from learnedopt.kernels.choice import get_backend
 from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule, ScheduleFreeLSTMRule, Segments, State
 from learnedopt.rules.eigenbasis import Bases, GradientSize
 from tests.optim.reference import draw_grads, same_bits, snapshot, trained
@@ -219,9 +220,10 @@ def test_a_stack_moves_as_its_tensors_do_alone(
         return optimizer, taken
 
     stacked, taken = run()
-    # Each alone in its first step; then (6, 4) three together and the late one alone, and (4, 9) two together.
+    # Each alone in its first step; then (6, 4) two together, the late one and that of another dtype alone, and (4, 9)
+    # two together.
     assert taken[:7] == [1] * 7
-    assert sorted(taken[7:11]) == [1, 1, 2, 3]
+    assert sorted(taken[7:12]) == [1, 1, 1, 2, 2]
     monkeypatch.setattr(bases, "STACKED", 0)
     alone, taken = run()
     assert taken == [1] * 7 * 5
@@ -234,10 +236,28 @@ def test_a_stack_moves_as_its_tensors_do_alone(
                 torch.testing.assert_close(stacked.state[one][name], values, rtol=tolerance, atol=tolerance)
 
 
+def test_the_rate_and_what_is_skipped_may_be_on_the_device() -> None:
+    """Nothing of this is asked on the host; on the CPU the host would know."""
+    here = Bases({})
+    for lr, skip, moved in ((1.0, False, True), (1.0, True, False), (0.0, False, False)):
+        params = [torch.ones(2, 3), torch.ones(2, 3)]
+        before = torch.stack(params)
+        bases._take_back(here, params, before, before + 2.0, torch.tensor(lr), 0.0, torch.tensor(skip))
+        assert all((param == (3.0 if moved else 1.0)).all() for param in params)
+
+
+def test_weight_decay_where_nothing_has_bases() -> None:
+    rule = make_rule()
+    state = {name: torch.zeros(3 if spec.scope == "coordinate" else ()) for name, spec in rule.state_spec().items()}
+    tensors = Tensors([torch.ones(3)], [torch.zeros(3)], [state], torch.float32, "float32", [3])
+    bases.step_in_bases(get_backend("reference"), rule, tensors, lr=0.5, weight_decay=0.5)
+    assert (tensors.params[0] == 0.75).all()
+
+
 def test_copies_of_matrices_count_as_what_is_taken_together() -> None:
     """A stack holds them too; of a thin matrix they are far larger than it, and so it is not stacked."""
     rule = EigenbasisRule(EigenbasisConfig(num_layers=0))
-    copied = {(8, 8): 2 * 64, (8, 600): 64, (256, 256): 2 * 65536, (300, 2): 0, (300, 300): 0}
+    copied = {(8, 8): 4 * 64, (8, 600): 2 * 64, (256, 256): 4 * 65536, (300, 2): 0, (300, 300): 0}
     state = {AGE: torch.ones(())}
     assert {shape: bases._copied(rule, torch.empty(shape), state) for shape in copied} == copied
     assert bases._copied(rule, torch.empty(7), {}) == 0
