@@ -134,7 +134,9 @@ def _step_together(
         size = GradientSize.of([matrix])
         here = _follow(rule, [matrix], size, shape, some.states, tensors, skip)
         before = here.enter(_stack([param.to(tensors.dtype).reshape(shape) for param in some.params]))
-        after, turned = before.clone(), above_rounding(here.enter(matrix), size)
+        turned = above_rounding(here.enter(matrix), size)
+        del matrix  # which is as large as what comes now
+        after = before.clone()
         for index, param, own, slope in zip(indices, some.params, _each(after, indices), _each(turned, indices)):
             params[index], grads[index] = own.view(param.shape), slope.view(param.shape)
         return here, some.params, before, after
