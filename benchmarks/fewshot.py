@@ -172,7 +172,7 @@ MINI_IMAGENET = (
         learner=NearestNeighbourConfig(),
     ),
     Row(
-        "matching networks",
+        "matching networks, pretrained",
         _by_shots("mini-imagenet-matching"),
         ("43.40 ± 0.78", "51.09 ± 0.71"),
         targets=(42.4, 50.1),
