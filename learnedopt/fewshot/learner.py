@@ -18,6 +18,7 @@ from learnedopt.fewshot.backbones import BackboneConfig
 from learnedopt.fewshot.config import Config, check_choice
 from learnedopt.fewshot.episodes import EpisodeList, Episodes, TrainingSource, check_labels
 from learnedopt.fewshot.normalization import NORMALIZATIONS, Normalization, batch_norms
+from learnedopt.fewshot.vectorized import numbers_per_image
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class LearnerConfig(Config):
     """Settings that decide what weights there are, and so cannot change afterwards."""
     episodes_at_once: int | None = None
     """How many episodes go through the network together. ``None`` is the faster way, by measurement: all, but on the
-    CPU one after another where a convolution goes over every pixel, and where all convolutions have strides as many as
-    have 80 support examples."""
+    CPU, where a network has convolutions, as many as keep its largest array below 16 MiB, and one where it is not a
+    plain sequence of layers."""
 
     def __post_init__(self) -> None:
         check_choice("normalization", self.normalization, NORMALIZATIONS)
@@ -239,7 +240,8 @@ class Learner(nn.Module, ABC):
         if len(support_x) == 0:
             raise ValueError("support_x holds no episodes")
         ways = self._check_targets(support_y, ways)
-        sizes = self._sizes(support_x)
+        # Queries are not known yet: 15 of each class, as is usual.
+        sizes = self._sizes(len(support_x), support_x.shape[1] + 15 * (ways or 0), support_x.device)
         parts = zip(support_x.split(sizes), support_y.split(sizes))
         return Adapted([self.fit_part(x, y, ways) for x, y in parts], sizes, shape, single)
 
@@ -260,7 +262,8 @@ class Learner(nn.Module, ABC):
                 f"{episodes.example_shape}"
             )
         self._check_targets(episodes.support_y, episodes.ways)
-        size = self._sizes(episodes.support_x)[0]
+        images = episodes.support_x.shape[1] + episodes.query_x.shape[1]
+        size = self._sizes(len(episodes), images, episodes.support_x.device)[0]
         if len(episodes) <= size:
             return self.losses(episodes).mean()
         parts = episodes.batches(size)
@@ -330,19 +333,19 @@ class Learner(nn.Module, ABC):
             )
         return ways
 
-    def _sizes(self, support_x: Tensor) -> list[int]:
-        """How many episodes go through the network together, turn by turn."""
-        episodes, size = len(support_x), self.config.episodes_at_once
+    def _sizes(self, episodes: int, images: int, device: torch.device) -> list[int]:
+        """How many episodes of so many images go through the network together, turn by turn."""
+        size = self.config.episodes_at_once
         if size is None:
-            strides = [max(module.stride) for module in self.modules() if isinstance(module, nn.modules.conv._ConvNd)]
             size = episodes
-            if strides and support_x.device.type == "cpu":
-                size = max(1, _IMAGES // support_x.shape[1]) if min(strides) > 1 else 1
+            each = images * numbers_per_image(self, self.shape.example_shape)
+            if each and device.type == "cpu":
+                size = max(1, int(_NUMBERS / each))
         return [min(size, episodes - start) for start in range(0, episodes, size)]
 
 
-_IMAGES = 80
-"""In the support sets of episodes that convolutions with strides take together on the CPU."""
+_NUMBERS = 2**22
+"""In the largest array, about: below it allocators keep memory for the next step, and caches hold part of it."""
 
 
 class _Differentiated(torch.autograd.Function):

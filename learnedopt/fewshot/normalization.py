@@ -77,16 +77,17 @@ class EpisodicBatchNorm(_BatchNorm):
         if scope is None:
             return super().forward(x)
         values = {"running_mean": self.running_mean, "running_var": self.running_var}
-        x, used = _normalized(x, 0, scope, self.eps, weight=self.weight, bias=self.bias, **values)
+        x, used = _normalized(x, scope, self.eps, weight=self.weight, bias=self.bias, **values)
         if scope.record is not None and used is not None:
             scope.record[self] = used
         return x
 
-    def episodes(self, x: Tensor, values: Mapping[str, Tensor], prefix: str) -> Tensor:
+    def episodes(self, x: Tensor, episodes: int, values: Mapping[str, Tensor], prefix: str) -> Tensor:
         """What :meth:`forward` does to each of a batch of episodes, within :func:`statistics`.
 
         Args:
-            x: ``(E, channels, n, ...)``.
+            x: ``(n, E * channels, ...)``.
+            episodes: E.
             values: Weight, bias and running averages to use in place of the module's own: ``(E, channels)``, or
                 ``(channels,)`` for all episodes.
             prefix: Of their names.
@@ -96,20 +97,17 @@ class EpisodicBatchNorm(_BatchNorm):
         """
         scope = _SCOPE.get()
         assert scope is not None
-        episodes, channels = x.shape[:2]
 
         def found(name: str) -> Tensor | None:
             value = values.get(prefix + name, getattr(self, name))
-            return None if value is None else value.expand(episodes, channels).reshape(-1)
+            return None if value is None else in_channels(value, 1, episodes)
 
         names = ("weight", "bias", "running_mean", "running_var") if scope.running else ("weight", "bias")
-        # Channels of different episodes are different channels, so that one operation does all.
-        flat = x.reshape(1, episodes * channels, x.shape[2], -1)
-        flat, used = _normalized(flat, 2, scope, self.eps, **{name: found(name) for name in names})
+        x, used = _normalized(x, scope, self.eps, **{name: found(name) for name in names})
         if scope.record is not None and used is not None:
-            mean, variance = (value.view(episodes, channels) for value in used)
+            mean, variance = (value.view(episodes, -1) for value in used)
             scope.record[self] = (mean, variance)
-        return flat.view(x.shape)
+        return x
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -132,7 +130,6 @@ class EpisodicBatchNorm(_BatchNorm):
 
 def _normalized(
     x: Tensor,
-    axis: int,
     scope: _Scope,
     eps: float,
     weight: Tensor | None,
@@ -140,10 +137,10 @@ def _normalized(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Normalize channels, which are axis 1; examples are along ``axis``. Also the statistics, if they were taken."""
+    """Normalize channels, which are axis 1. Also the statistics, if they were taken."""
     if scope.running:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps), None
-    if scope.rows is None or scope.rows >= x.shape[axis]:
+    if scope.rows is None or scope.rows >= len(x):
         if scope.twice:
             x, mean, variance = batch_norm(x, weight, bias, eps)
             return x, (mean, variance)
@@ -153,7 +150,7 @@ def _normalized(
         dtype = x.dtype if weight is None else weight.dtype
         mean, variance = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
         return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps), (mean, variance)
-    part = x.narrow(axis, 0, scope.rows)
+    part = x[: scope.rows]
     variance, mean = torch.var_mean(part, [axis for axis in range(x.ndim) if axis != 1], correction=0)
     count = part.numel() // part.shape[1]
     used = (mean.detach(), variance.detach() * count / max(count - 1, 1))
@@ -162,6 +159,13 @@ def _normalized(
     if weight is None or bias is None:
         return (x - mean.view(shape)) * scale.view(shape), used
     return torch.addcmul(bias.view(shape), x - mean.view(shape), (scale * weight).view(shape)), used
+
+
+def in_channels(value: Tensor, ndim: int, episodes: int) -> Tensor:
+    """``(E, channels, ...)`` to ``(E * channels, ...)``; a value of ``ndim`` axes is the same for all episodes."""
+    if value.ndim > ndim:
+        return value.flatten(0, 1)
+    return value if episodes == 1 else value.repeat(episodes, *[1] * (ndim - 1))
 
 
 def episodic(module: nn.Module, track: bool) -> nn.Module:

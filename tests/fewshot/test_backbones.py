@@ -213,6 +213,7 @@ def test_fully_connected_layers_run_on_all_episodes_at_once(layers: list[nn.Modu
         ],
         [nn.Conv2d(2, 2, 2), nn.Flatten(), nn.BatchNorm1d(18), nn.Tanh()],
         [nn.Conv2d(2, 2, 3, groups=2), nn.BatchNorm2d(2)],
+        [nn.Conv2d(2, 1, 2), nn.BatchNorm2d(1), nn.ReLU(), nn.MaxPool2d(2, padding=1), nn.Conv2d(1, 2, 2), nn.ReLU()],
     ],
 )
 def test_convolutions_run_on_all_episodes_at_once(
@@ -230,15 +231,22 @@ def test_convolutions_run_on_all_episodes_at_once(
     seen: list[Statistics] = []
     running = mode == "running"
     record = None if running else seen.append
-    found = [apply(module, params, x, rows=rows, running=running, record=record)]
+    together = apply(module, params, x, rows=rows, running=running, record=record, twice=True)
+    one_by_one = []
     for number in range(3):
-        mine = {name: value[number : number + 1] for name, value in params.items()}
-        part = apply(module, mine, x[number : number + 1], rows=rows, running=running, record=record)
-        found.append(part)
-    together, alone = found[0], torch.cat(found[1:])
+        mine = {name: value[number] for name, value in params.items()}
+        used: Statistics = {}
+        with statistics(rows, running=running, record=used):
+            one_by_one.append(torch.func.functional_call(module, mine, (x[number],)))
+        seen.append(used)
+        one = {name: value[None] for name, value in mine.items()}
+        for twice in (True, False):
+            again = apply(module, one, x[number : number + 1], rows=rows, running=running, twice=twice)
+            torch.testing.assert_close(again.squeeze(0), one_by_one[-1])
+    alone = torch.stack(one_by_one)
     torch.testing.assert_close(together, alone)
-    for norm, used in seen[0].items() if seen else ():
-        torch.testing.assert_close(used, tuple(torch.cat(parts) for parts in zip(*(one[norm] for one in seen[1:]))))
+    for norm, found in seen[0].items() if not running else ():
+        torch.testing.assert_close(found, tuple(torch.stack(parts) for parts in zip(*(one[norm] for one in seen[1:]))))
     weights = list(params.values())
     first = [torch.autograd.grad(out.pow(3).sum(), weights, create_graph=True) for out in (together, alone)]
     torch.testing.assert_close(*first)

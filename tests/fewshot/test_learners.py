@@ -167,12 +167,16 @@ def test_the_fast_way_and_the_loop_agree(kind: str, settings: dict[str, Any], mo
     torch.testing.assert_close(found[2], found[0])
 
 
-@pytest.mark.parametrize(("downsample", "sizes"), [("pool", [1] * 45), ("stride", [40, 5])])
+@pytest.mark.parametrize(("downsample", "sizes"), [("pool", [16, 16, 13]), ("stride", [45])])
 def test_how_many_episodes_go_together_depends_on_the_network(downsample: Any, sizes: list[int]) -> None:
     """The rule that :attr:`LearnerConfig.episodes_at_once` states, seen in how episodes are grouped."""
-    image = torch.rand(45, 2, 1, 16, 16)
-    learner = LEARNERS["maml"]().build(Conv4(2, downsample), LearnerShape((1, 16, 16), 2), generator())
-    assert learner.fit(image, torch.tensor([0, 1]).expand(45, 2)).sizes == sizes
+    image, labels = torch.rand(45, 2, 1, 16, 16), torch.tensor([0, 1]).expand(45, 2)
+    backbone = Conv4(32, downsample)
+    learner = LEARNERS["maml"]().build(backbone, LearnerShape((1, 16, 16), 2), generator())
+    assert learner.fit(image, labels).sizes == sizes
+    module = backbone.build((1, 16, 16))
+    module.register_forward_hook(lambda module, inputs, outputs: outputs)
+    assert LEARNERS["maml"]().build(module, LearnerShape((1, 16, 16), 2)).fit(image, labels).sizes == [1] * 45
     some = episodes(45)
     assert make("maml").fit(some.support_x, some.support_y).sizes == [45]
 
