@@ -153,7 +153,7 @@ OMNIGLOT = (
     ),
     Row(
         "Reptile, transductive",
-        _each("omniglot-reptile"),
+        {(ways, shots): f"omniglot-reptile-{ways}way" for ways, shots in OMNIGLOT_SETTINGS},
         ("97.68 ± 0.04", "99.48 ± 0.06", "89.43 ± 0.14", "97.12 ± 0.32"),
         targets=(96.68, 98.48, 88.43, 96.12),
     ),
