@@ -48,6 +48,7 @@ from torch import Generator, Tensor, nn
 from learnedopt.fewshot import Conv4, Episodes, LearnerConfig, LearnerShape, Sinusoid
 from learnedopt.fewshot.backbones import MLP, BackboneConfig
 from learnedopt.fewshot.batch_norm import batch_norm
+from learnedopt.fewshot.convolution import Geometry, convolution
 from learnedopt.fewshot.learners import MAMLConfig, ProtoNetConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -425,36 +426,62 @@ def measure(problem: Problem, repeats: int) -> dict[str, Any]:
         }
     inside = {name: max(1, round(0.05 / timed(step, 1).cpu)) for name, step in steps.items()}
     for repeat in range(repeats):
-        # In another order every time, so that none always follows the same.
+        # In another order every time, so that none always follows the same; and elsewhere in memory, since how large
+        # arrays come to lie to each other changes a row by several per cent.
+        elsewhere = torch.ones(int(torch.randint(1, 2**20, (), generator=Generator().manual_seed(repeat))))
         for name in torch.randperm(len(steps), generator=Generator().manual_seed(repeat)).tolist():
             key = list(steps)[name]
             found = timed(steps[key], inside[key])
             report[key]["cpu"].append(found.cpu)
             report[key]["wall"].append(found.wall)
+        del elsewhere
     return report
 
 
-def second_derivatives(repeats: int) -> dict[str, dict[str, list[float]]]:
-    """CPU seconds to differentiate the gradient of a batch normalization, by images and size, with channels last."""
-    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of inputs, weight and bias."""
+
+
+def normalizations() -> dict[str, Operation]:
+    return {
         "torch": lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, True),
         "learnedopt": lambda x, weight, bias: batch_norm(x, weight, bias, 1e-5)[0],
     }
+
+
+def convolutions(groups: int) -> dict[str, Operation]:
+    geometry = Geometry(padding=(1, 1), groups=groups)
+    return {
+        "torch": lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1, groups=groups),
+        "learnedopt": lambda x, weight, bias: convolution(x, weight, bias, geometry),
+    }
+
+
+def second_derivatives(repeats: int) -> dict[str, dict[str, list[float]]]:
+    """CPU seconds to differentiate all first derivatives of an operation by all it has, with channels last."""
+    draws = Generator().manual_seed(0)
+    cases = [
+        *(
+            ("batch normalization", n, 1, size, normalizations())
+            for n, size in ((5, 14), (20, 14), (100, 14), (100, 7))
+        ),
+        *(("convolution", n, groups, 14, convolutions(groups)) for n, groups in ((5, 1), (25, 1), (5, 8), (25, 8))),
+    ]
     found: dict[str, dict[str, list[float]]] = {}
-    for images, size in ((5, 14), (20, 14), (100, 14), (100, 7)):
-        draws = Generator().manual_seed(0)
-        x, grad, v = (
-            torch.randn(images, 64, size, size, generator=draws).to(memory_format=torch.channels_last) for _ in range(3)
-        )
-        weight, bias = torch.ones(64), torch.zeros(64)
-        inputs = [value.requires_grad_() for value in (x, weight, bias, grad)]
-        times = found[f"{images} images, 64 channels of {size}×{size}"] = {name: [] for name in ways}
+    for what, n, groups, size, ways in cases:
+        channels = 64 * groups
+        weight = torch.ones(64) if what == "batch normalization" else torch.randn(channels, 64, 3, 3, generator=draws)
+        x, grad = (torch.randn(n, channels, size, size, generator=draws) for _ in range(2))
+        x, grad = (value.to(memory_format=torch.channels_last).requires_grad_() for value in (x, grad))
+        inputs = [x, weight.requires_grad_(), torch.zeros(channels).requires_grad_()]
+        apart = f", in {groups} groups" if groups > 1 else ""
+        times = found[f"{what}, {n} images, {channels} channels of {size}×{size}{apart}"] = {name: [] for name in ways}
         for _ in range(10 * repeats):
-            for name, normalize in ways.items():
-                outputs = normalize(x, weight, bias)
-                (dx,) = torch.autograd.grad(outputs, x, grad, create_graph=True)
+            for name, operation in ways.items():
+                first = torch.autograd.grad(operation(*inputs), inputs, grad, create_graph=True)
+                v = [torch.ones_like(value) for value in first]
                 started = time.process_time()
-                torch.autograd.grad(dx, inputs, v, allow_unused=True)
+                torch.autograd.grad(first, [*inputs, grad], v, allow_unused=True)
                 times[name].append(time.process_time() - started)
     return found
 
@@ -521,7 +548,7 @@ def report(result: dict[str, Any]) -> str:
             lines.append(f"| {row} | {cpu:.2f} | {wall:.2f} | {speed:.2f}× | {ratio:.2f}× | {memory} | {same} |")
     lines += [
         "",
-        "## Second derivatives of batch normalization",
+        "## Second derivatives",
         "",
         "| | torch, CPU ms | learnedopt, CPU ms | torch / learnedopt |",
         "|---|--:|--:|--:|",

@@ -129,8 +129,8 @@ _ELEMENTWISE = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn
 def _layers(module: nn.Module, prefix: str, seen: dict[nn.Module, str]) -> list[tuple[str, nn.Module]] | None:
     """The layers of a plain network, with the names of their parameters; ``None`` if it is anything else.
 
-    Running these on arrays with an axis of episodes takes less time than ``vmap``, which reaches the same matrix
-    products by way of many more operations, and makes of convolutions such with groups, which are slow on a CPU.
+    Running these on arrays with an axis of episodes takes less time than ``vmap``, which reaches the same products by
+    way of many more operations, and in second derivatives of convolutions takes one episode after another.
     """
     if module._forward_hooks or module._forward_pre_hooks:
         return None
@@ -237,6 +237,11 @@ def _convolution(
         if episodes == 1 and not twice:  # where torch's own derivatives are as fast
             return F.conv2d(x, weight, bias, stride, padding, dilation)
         return convolution(x, weight, bias, Geometry(stride, padding, dilation, episodes))
+    if episodes == 1 or (weight.ndim == 4 and (bias is None or bias.ndim == 1)):
+        images = _episodes_first(x, episodes).flatten(0, 1)
+        bias = None if bias is None else bias.flatten()
+        images = F.conv2d(images, weight.view(weight.shape[-4:]), bias, stride, padding, dilation)
+        return _episodes_in_channels(images.unflatten(0, (episodes, -1)))
     # The weights of each episode are multiplied with the patches of images that they meet.
     patches = F.unfold(x, layer.kernel_size, dilation, padding, stride)
     rows = patches.unflatten(1, (episodes, -1)).permute(1, 2, 0, 3).flatten(2)

@@ -116,14 +116,14 @@ def test_under_vmap() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
-def test_products_of_patches(bias: bool, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs where groups are slow, here on the CPU."""
+@pytest.mark.parametrize(("shared", "episodes"), [(True, 4), (False, 4), (False, 1)])
+def test_where_groups_are_slow(shared: bool, episodes: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU, here on the CPU: products of patches, or where weights are shared, one convolution."""
     draw = generator(1)
     layer = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0), bias=bias, dtype=torch.float64)
-    x = torch.randn(4, 5, 2, 7, 6, generator=draw, dtype=torch.float64)
+    x = torch.randn(episodes, 5, 2, 7, 6, generator=draw, dtype=torch.float64)
     params = {
-        f"0.{name}": torch.randn(4, *value.shape, generator=draw, dtype=torch.float64)
+        f"0.{name}": torch.randn(episodes, *value.shape, generator=draw, dtype=torch.float64)
         for name, value in layer.named_parameters()
     }
     params = {} if shared else params
