@@ -50,8 +50,8 @@ class LearnerConfig(Config):
     """Settings that decide what weights there are, and so cannot change afterwards."""
     episodes_at_once: int | None = None
     """How many episodes go through the network together. ``None`` is the faster way, by measurement: all, but on the
-    CPU, where a network has convolutions, as many as keep its largest array below 16 MiB, and one where it is not a
-    plain sequence of layers."""
+    CPU, where a network has convolutions, as many as keep its largest array below 16 MiB; and one where all episodes
+    share the weights, or the network is not a plain sequence of layers."""
 
     def __post_init__(self) -> None:
         check_choice("normalization", self.normalization, NORMALIZATIONS)
@@ -153,6 +153,8 @@ class Learner(nn.Module, ABC):
     classification_only: ClassVar[bool] = False
     any_ways: ClassVar[bool] = False
     """Whether episodes may have other ways than the learner was made for."""
+    shares_weights: ClassVar[bool] = False
+    """Whether no weights become an episode's own."""
 
     def __init__(self, config: LearnerConfig, shape: LearnerShape) -> None:
         super().__init__()
@@ -340,7 +342,7 @@ class Learner(nn.Module, ABC):
             size = episodes
             each = images * numbers_per_image(self, self.shape.example_shape)
             if each and device.type == "cpu":
-                size = max(1, int(_NUMBERS / each))
+                size = 1 if self.shares_weights else max(1, int(_NUMBERS / each))
         return [min(size, episodes - start) for start in range(0, episodes, size)]
 
 

@@ -63,7 +63,7 @@ def apply(
     if layers is not None:
         found: Statistics = {}
         with statistics(rows, running=running, twice=twice, record=None if record is None else found):
-            outputs = _run_layers(_pooled_first(layers), {**shared, **params}, x, twice)
+            outputs = _run_layers(_pooled_first(layers), {**shared, **params}, x, running, twice)
         if record is not None:
             record(found)
         return outputs
@@ -173,13 +173,15 @@ def _pooled_first(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Mod
     return layers
 
 
-def _run_layers(layers: list[tuple[str, nn.Module]], values: dict[str, Tensor], x: Tensor, twice: bool) -> Tensor:
+def _run_layers(
+    layers: list[tuple[str, nn.Module]], values: dict[str, Tensor], x: Tensor, running: bool, twice: bool
+) -> Tensor:
     """``(E, n, *example)`` through the layers, with weights ``(E, *shape)``, or shared ``(*shape)``."""
     # Vectors are (E, n, features). Until it is flattened, what has more axes is (n, E * channels, ...): channels of
     # different episodes are different channels, so that one operation does all.
     episodes, vectors = len(x), x.ndim <= 3
     x = x if vectors else _episodes_in_channels(x)
-    for prefix, layer in layers:
+    for (prefix, layer), following in zip(layers, [*(layer for _, layer in layers[1:]), None]):
         if isinstance(layer, nn.Flatten):
             x = x if vectors else _episodes_first(x, episodes).flatten(2)
             vectors = True
@@ -189,8 +191,10 @@ def _run_layers(layers: list[tuple[str, nn.Module]], values: dict[str, Tensor], 
             x = _linear(x, weight, values.get(f"{prefix}bias", layer.bias))
             x = x if vectors else _episodes_in_channels(x)
         elif isinstance(layer, nn.Conv2d):
-            weight = values.get(f"{prefix}weight", layer.weight)
-            x = _convolution(layer, x, weight, values.get(f"{prefix}bias", layer.bias), episodes, twice)
+            weight, bias = (values.get(prefix + name, getattr(layer, name)) for name in ("weight", "bias"))
+            if bias is not None and isinstance(following, EpisodicBatchNorm) and not running:
+                bias = bias.detach()  # whose gradient is zero, as it cancels out of x - mean, and takes time to find
+            x = _convolution(layer, x, weight, bias, episodes, twice)
         elif isinstance(layer, EpisodicBatchNorm):
             x = _episodes_in_channels(x) if vectors else x
             x = layer.episodes(x, episodes, values, prefix)

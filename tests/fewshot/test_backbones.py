@@ -248,7 +248,10 @@ def test_convolutions_run_on_all_episodes_at_once(
     for norm, found in seen[0].items() if not running else ():
         torch.testing.assert_close(found, tuple(torch.stack(parts) for parts in zip(*(one[norm] for one in seen[1:]))))
     weights = list(params.values())
-    first = [torch.autograd.grad(out.pow(3).sum(), weights, create_graph=True) for out in (together, alone)]
+    first = [
+        torch.autograd.grad(out.pow(3).sum(), weights, create_graph=True, materialize_grads=True)
+        for out in (together, alone)
+    ]
     torch.testing.assert_close(*first)
     penalties = [torch.stack([grad.square().sum() for grad in grads]).sum() for grads in first]
     second = [torch.autograd.grad(penalty, weights, materialize_grads=True) for penalty in penalties]

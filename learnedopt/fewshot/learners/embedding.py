@@ -50,6 +50,7 @@ class EmbeddingLearner(Learner):
     config: EmbeddingConfig
     classification_only = True
     any_ways = True
+    shares_weights = True
 
     def __init__(
         self, config: EmbeddingConfig, backbone: nn.Module, shape: LearnerShape, head: nn.Module | None = None
