@@ -426,8 +426,8 @@ def measure(problem: Problem, repeats: int) -> dict[str, Any]:
         }
     inside = {name: max(1, round(0.05 / timed(step, 1).cpu)) for name, step in steps.items()}
     for repeat in range(repeats):
-        # In another order every time, so that none always follows the same; and elsewhere in memory, since how large
-        # arrays come to lie to each other changes a row by several per cent.
+        # In another order every time, so that none always follows the same; and at other addresses, since how large
+        # arrays are aligned to each other changes a row by several per cent.
         elsewhere = torch.ones(int(torch.randint(1, 2**20, (), generator=Generator().manual_seed(repeat))))
         for name in torch.randperm(len(steps), generator=Generator().manual_seed(repeat)).tolist():
             key = list(steps)[name]

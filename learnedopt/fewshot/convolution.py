@@ -15,17 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-Pair = tuple[int, ...]
-"""By rows and columns."""
-
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the weights are laid over the images."""
+    """How the weights are laid over the images, by rows and columns."""
 
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
 
 
@@ -51,7 +48,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
     [[[[8.0, 12.0], [20.0, 24.0]]]]
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):  # which does not reach into the gradients
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # it does not cover the backward operations
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     outputs: Tensor = _Outputs.apply(x, weight, bias, geometry)

@@ -50,8 +50,8 @@ class LearnerConfig(Config):
     """Settings that decide what weights there are, and so cannot change afterwards."""
     episodes_at_once: int | None = None
     """How many episodes go through the network together. ``None`` is the faster way, by measurement: all, but on the
-    CPU, where a network has convolutions, as many as keep its largest array below 16 MiB; and one where all episodes
-    share the weights, or the network is not a plain sequence of layers."""
+    CPU, where a network has convolutions, as many as keep its largest array within 4 million numbers; and one where all
+    episodes share the weights, or the network is not a plain sequence of layers."""
 
     def __post_init__(self) -> None:
         check_choice("normalization", self.normalization, NORMALIZATIONS)
@@ -251,7 +251,7 @@ class Learner(nn.Module, ABC):
         """What meta-training minimizes, averaged over the episodes: a scalar to call ``backward`` on.
 
         Most methods: the loss of the queries after fitting to the support; cross-entropy, or the mean squared error.
-        Where episodes are taken one after another, the gradient of each is computed at once and its graph let go, so
+        Where episodes are taken in several parts, the gradient of each is computed at once and its graph let go, so
         that memory does not grow with their number; the result can then be differentiated once, not twice. In training
         mode, running averages of batch normalization move, if the method has any.
 
@@ -340,14 +340,14 @@ class Learner(nn.Module, ABC):
         size = self.config.episodes_at_once
         if size is None:
             size = episodes
-            each = images * numbers_per_image(self, self.shape.example_shape)
+            each = max(images, 1) * numbers_per_image(self, self.shape.example_shape)
             if each and device.type == "cpu":
                 size = 1 if self.shares_weights else max(1, int(_NUMBERS / each))
         return [min(size, episodes - start) for start in range(0, episodes, size)]
 
 
 _NUMBERS = 2**22
-"""In the largest array, about: below it allocators keep memory for the next step, and caches hold part of it."""
+"""In the largest array: up to there allocators keep memory for the next step, and caches hold part of it."""
 
 
 class _Differentiated(torch.autograd.Function):

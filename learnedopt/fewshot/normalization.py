@@ -100,7 +100,8 @@ class EpisodicBatchNorm(_BatchNorm):
 
         def found(name: str) -> Tensor | None:
             value = values.get(prefix + name, getattr(self, name))
-            return None if value is None else in_channels(value, 1, episodes)
+            # Contiguous, because torch's gradient for channels last takes a weight that was expanded to be so.
+            return None if value is None else in_channels(value, 1, episodes).contiguous()
 
         names = ("weight", "bias", "running_mean", "running_var") if scope.running else ("weight", "bias")
         x, used = _normalized(x, scope, self.eps, **{name: found(name) for name in names})
@@ -164,7 +165,7 @@ def _normalized(
 def in_channels(value: Tensor, ndim: int, episodes: int) -> Tensor:
     """``(E, channels, ...)`` to ``(E * channels, ...)``; a value of ``ndim`` axes is the same for all episodes."""
     if value.ndim > ndim:
-        return value.flatten(0, 1)
+        return value.squeeze(0) if episodes == 1 else value.flatten(0, 1)
     return value if episodes == 1 else value.repeat(episodes, *[1] * (ndim - 1))
 
 

@@ -60,7 +60,7 @@ def apply(
             flat = torch.func.functional_call(module, shared, (x.flatten(0, 1),), tie_weights=False)
         return flat.unflatten(0, x.shape[:2])
     layers = _layers(module, "", {})
-    if layers is not None:
+    if layers is not None and (x.ndim == 5 or not any(isinstance(layer, _OF_IMAGES) for _, layer in layers)):
         found: Statistics = {}
         with statistics(rows, running=running, twice=twice, record=None if record is None else found):
             outputs = _run_layers(_pooled_first(layers), {**shared, **params}, x, running, twice)
@@ -123,6 +123,7 @@ def numbers_per_image(module: nn.Module, example_shape: tuple[int, ...]) -> floa
     return math.inf
 
 
+_OF_IMAGES = (nn.Conv2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
 _ELEMENTWISE = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
 
 
@@ -193,7 +194,7 @@ def _run_layers(
         elif isinstance(layer, nn.Conv2d):
             weight, bias = (values.get(prefix + name, getattr(layer, name)) for name in ("weight", "bias"))
             if bias is not None and isinstance(following, EpisodicBatchNorm) and not running:
-                bias = bias.detach()  # whose gradient is zero, as it cancels out of x - mean, and takes time to find
+                bias = bias.detach()  # cancels in x - mean: its gradient is zero, and slow to compute
             x = _convolution(layer, x, weight, bias, episodes, twice)
         elif isinstance(layer, EpisodicBatchNorm):
             x = _episodes_in_channels(x) if vectors else x
@@ -243,16 +244,17 @@ def _convolution(
         return convolution(x, weight, bias, Geometry(stride, padding, dilation, episodes))
     if episodes == 1 or (weight.ndim == 4 and (bias is None or bias.ndim == 1)):
         images = _episodes_first(x, episodes).flatten(0, 1)
-        bias = None if bias is None else bias.flatten()
-        images = F.conv2d(images, weight.view(weight.shape[-4:]), bias, stride, padding, dilation)
+        weight, bias = in_channels(weight, 4, 1), None if bias is None else in_channels(bias, 1, 1)
+        images = F.conv2d(images, weight, bias, stride, padding, dilation)
         return _episodes_in_channels(images.unflatten(0, (episodes, -1)))
     # The weights of each episode are multiplied with the patches of images that they meet.
     patches = F.unfold(x, layer.kernel_size, dilation, padding, stride)
     rows = patches.unflatten(1, (episodes, -1)).permute(1, 2, 0, 3).flatten(2)
     weight = weight.expand(episodes, *weight.shape[-4:]).flatten(2)
-    outputs = torch.bmm(weight, rows)
-    if bias is not None:
-        outputs = outputs + bias.expand(episodes, -1).unsqueeze(2)
+    if bias is None:
+        outputs = torch.bmm(weight, rows)
+    else:
+        outputs = torch.baddbmm(bias.expand(episodes, -1).unsqueeze(2), weight, rows)
     return outputs.unflatten(2, (len(x), *_pixels(layer, *x.shape[2:]))).permute(2, 0, 1, 3, 4).flatten(1, 2)
 
 
@@ -276,9 +278,5 @@ def _grouped(device: torch.device) -> bool:
 
 def _channels_last(x: Tensor) -> Tensor:
     """The memory format in which a CPU is fast, and in which the outputs will then be too."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    if x.shape[1] > 1:
-        return x
-    # The strides of a single channel would leave it open which format this is.
-    height, width = x.shape[2:]
-    return x.as_strided(x.shape, (height * width, 1, width, 1), x.storage_offset())
+    # Not by memory_format, which vmap does not know, and which leaves the strides of a single channel as they are.
+    return x.movedim(1, -1).contiguous().flatten(-2).unflatten(-1, (-1, x.shape[1])).movedim(-1, 1)

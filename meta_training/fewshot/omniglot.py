@@ -130,7 +130,7 @@ REPTILE: dict[str, Any] = {
     "validation_episodes": 50,
 }
 
-# Trained on ten shots, for one shot and for five; queries play no part in it.
+# Trained on ten shots, for one shot and for five, and judged in validation on one; queries play no part in it.
 REPTILE_5 = ReptileConfig()
 REPTILE_20 = ReptileConfig(learning_rate=5e-4, steps=10, batch_size=20, test_batch_size=10)
 

@@ -258,6 +258,49 @@ def test_convolutions_run_on_all_episodes_at_once(
     torch.testing.assert_close(*second)
 
 
+def test_a_bias_before_batch_normalization_has_no_gradient_where_it_cancels() -> None:
+    """By the batch's statistics it cancels, by running ones it does not."""
+    layer = nn.Conv2d(2, 3, 3)
+    module = episodic(nn.Sequential(layer, nn.BatchNorm2d(3), nn.Tanh()), track=True).double()
+    assert layer.bias is not None
+    x, bias = images(5, 1)[None], layer.bias[None]
+    moved = {"0.bias": bias + 3.0}
+    for rows in (None, 2):
+        torch.testing.assert_close(apply(module, moved, x, rows=rows), apply(module, {}, x, rows=rows))
+    assert not torch.allclose(apply(module, moved, x, running=True), apply(module, {}, x, running=True))
+    seen: list[Statistics] = []
+    apply(module, moved, x, record=seen.append)
+    apply(module, {}, x, record=seen.append)
+    (one,), (other,) = (used.values() for used in seen)
+    torch.testing.assert_close(one[0], other[0] + 3.0)
+    for running, twice in ((False, False), (False, True), (True, False)):
+        outputs = apply(module, {"0.bias": bias}, x, running=running, twice=twice)
+        (found,) = torch.autograd.grad(outputs.pow(3).sum(), bias, materialize_grads=True)
+        assert bool(found.any()) == running
+
+
+@pytest.mark.parametrize("layer", [nn.MaxPool2d(2, padding=1), nn.AdaptiveAvgPool2d(1)])
+def test_layers_of_images_do_not_mix_episodes_of_something_else(layer: nn.Module) -> None:
+    """Of matrices, which such a layer takes for channels of one image."""
+    x = torch.randn(2, 4, 5, 5, generator=generator())
+    torch.testing.assert_close(apply(nn.Sequential(layer), {}, x), layer(x.flatten(0, 1)).unflatten(0, (2, 4)))
+    norm = episodic(nn.Sequential(layer, nn.Flatten(), nn.BatchNorm1d(layer(x[0]).flatten(1).shape[1])), track=False)
+    torch.testing.assert_close(apply(norm, {}, x), torch.cat([apply(norm, {}, one[None]) for one in x]))
+
+
+def test_convolutions_of_episodes_under_vmap() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 1, 3), nn.Tanh(), nn.Conv2d(1, 2, 2)).double()
+    x = torch.stack([torch.stack([images(3, seed), images(3, seed + 1)]) for seed in (0, 2)])
+    params = {name: value.detach().expand(2, *value.shape) for name, value in module.named_parameters()}
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return apply(module, params, x, twice=True).pow(3).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x)
+    alone = [torch.func.grad(loss)(params, part) for part in x]
+    torch.testing.assert_close(found, {name: torch.stack([one[name] for one in alone]) for name in found})
+
+
 def test_hooks_are_not_passed_over() -> None:
     layer, draws = nn.Linear(2, 3), generator()
     layer.register_forward_hook(lambda module, inputs, outputs: 2 * outputs)

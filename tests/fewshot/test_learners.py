@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from learnedopt.fewshot import vectorized
 from learnedopt.fewshot.backbones import Conv4
 from learnedopt.fewshot.episodes import ClassSet, Episodes, FewShotTask, Sinusoid, TrainingSource
 from learnedopt.fewshot.evaluate import evaluate
@@ -19,6 +20,7 @@ from learnedopt.rules import MetaLSTMConfig
 from tests.fewshot.support import (
     CLASSES,
     EXAMPLE,
+    SHORT,
     WAYS,
     backbone,
     episodes,
@@ -177,8 +179,56 @@ def test_how_many_episodes_go_together_depends_on_the_network(downsample: Any, s
     module = backbone.build((1, 16, 16))
     module.register_forward_hook(lambda module, inputs, outputs: outputs)
     assert LEARNERS["maml"]().build(module, LearnerShape((1, 16, 16), 2)).fit(image, labels).sizes == [1] * 45
+    assert LEARNERS["protonet"]().build(backbone, LearnerShape((1, 16, 16), 2)).fit(image, labels).sizes == [1] * 45
     some = episodes(45)
     assert make("maml").fit(some.support_x, some.support_y).sizes == [45]
+
+
+class Opaque(nn.Sequential):
+    """Layers that the package cannot tell."""
+
+
+def images(count: int) -> Episodes:
+    draws = generator(4)
+    means = torch.randn(count, WAYS, 1, 2, 7, 6, generator=draws, dtype=torch.float64)
+    x = means + torch.randn(count, WAYS, 4, 2, 7, 6, generator=draws, dtype=torch.float64)
+    labels = torch.arange(WAYS).repeat_interleave(2).expand(count, -1)
+    return Episodes(x[:, :, :2].flatten(1, 2), labels, x[:, :, 2:].flatten(1, 2), labels, WAYS)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("kind", "settings"), [case for case in VARIANTS if case[0] in EPISODIC])
+@pytest.mark.parametrize("mode", MODES)
+def test_convolutions_are_run_as_the_module_would_run_them(
+    kind: str, settings: dict[str, Any], mode: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, meta-gradients, statistics and predictions, however many episodes go together; here and on GPUs."""
+    monkeypatch.setattr(vectorized, "_grouped", lambda device: grouped)
+    some, found = images(3), []
+    for container, at_once in ((Opaque, 1), (nn.Sequential, 1), (nn.Sequential, 2), (nn.Sequential, 3)):
+        torch.manual_seed(0)
+        layers = container(
+            nn.Conv2d(2, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2, ceil_mode=True),
+            nn.Conv2d(3, 1, (3, 2), stride=(2, 1), padding=1),
+            nn.BatchNorm2d(1),
+            nn.ReLU(),
+        ).to(memory_format=torch.channels_last)
+        config = LEARNERS[kind](
+            **{**SHORT.get(kind, {}), **settings, "normalization": mode, "episodes_at_once": at_once}
+        )
+        learner = config.build(layers.double(), LearnerShape((2, 7, 6), WAYS, CLASSES), generator(2)).double()
+        loss = learner.meta_loss(some)
+        gradient = meta_gradient(learner, some)
+        state = [value for name, value in learner.state_dict().items() if "running" in name]
+        with torch.no_grad():
+            predicted = learner.eval().fit(some.support_x, some.support_y).predict(some.query_x)
+        found.append((loss.detach(), gradient, state, predicted))
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=1e-6, atol=1e-8)
+    assert found[0][1].abs().max() > 1e-3
 
 
 class Added(nn.Module):
