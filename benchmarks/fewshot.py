@@ -113,7 +113,7 @@ OMNIGLOT = (
     Row("meta-LSTM, transductive", _each("omniglot-meta-lstm"), above=_BASELINES),
     Row(
         "meta-LSTM of the read-out, pretrained",
-        _each("omniglot-meta-lstm-head"),
+        _each("omniglot-meta-lstm-head") | {(5, 1): "omniglot-meta-lstm-head-support-5way-1shot"},
         above=_BASELINES,
         changes={"normalization": "support"},
     ),

@@ -169,6 +169,19 @@ RECIPES = [
         clip_norm=1.0,
         **PRETRAINED,
     ),
+    # For where a query must not see the others: trained as it is judged, by the batch statistics of the support set.
+    recipe(
+        "meta-lstm-head-support-5way-1shot",
+        "Meta-LSTM of the read-out",
+        MetaLSTMLearnerConfig(adapted="head", steps=12, rule=OPEN, normalization="support"),
+        STRIDED,
+        (5, 1, 5),
+        (5, 1),
+        4000,
+        4,
+        clip_norm=1.0,
+        **PRETRAINED,
+    ),
     *(
         recipe(f"reptile-{ways}way", "Reptile", found, STRIDED, (ways, 10, 1), (ways, 1), steps, 5, **REPTILE)
         for ways, found, steps in ((5, REPTILE_5, 100000), (20, REPTILE_20, 200000))
