@@ -75,8 +75,8 @@ def methods(demo: FewShotDemo) -> list[tuple[str, FewShotRecipe]]:
     return [
         ("fine-tuning", recipe("finetune", finetune, small, 1000, rate=3e-3)),
         ("prototypical network", recipe("protonet", ProtoNetConfig(), EpisodeShape(20, 1, 5), 600, rate=3e-3)),
-        ("MAML", recipe("maml", maml, small, 800, batch=8)),
-        ("meta-LSTM", recipe("meta-lstm", meta_lstm, small, 3000)),
+        ("MAML", recipe("maml", maml, small, 1600, batch=8)),
+        ("meta-LSTM", recipe("meta-lstm", meta_lstm, small, 3000, batch=4)),
     ]
 
 
