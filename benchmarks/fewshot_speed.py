@@ -541,7 +541,7 @@ def report(result: dict[str, Any]) -> str:
         f"and gradient), medians of {result['repeats']} interleaved repeats; {result['machine']}, {result['threads']} "
         f"thread(s), torch {result['torch']}.",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".",
-        "The machine had other work meanwhile, which wall-clock times show and CPU times of the process hardly do.",
+        "Where the machine has other work meanwhile, wall-clock times show it, and CPU times of the process hardly do.",
     ]
     for name, found in result["problems"].items():
         base = found["loop by hand"]["cpu"]

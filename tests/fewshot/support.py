@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,18 @@ def meta_gradient(learner: Learner, of: Episodes) -> Tensor:
     learner.meta_loss(of).backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.parameters()]
     return torch.cat([grad.flatten() for grad in grads])
+
+
+def derivatives(operation: Callable[..., Tensor], values: Sequence[Tensor | None], order: int) -> list[Tensor]:
+    """The derivatives by all inputs of a function of the outputs, of a function of these derivatives, and so on."""
+    wanted = [value for value in values if value is not None]
+    found = [operation(*values)]
+    for _ in range(order):
+        total = torch.stack(
+            [(value * torch.linspace(-1.0, 2.0, value.numel()).view(value.shape)).pow(3).sum() for value in found]
+        )
+        found = list(torch.autograd.grad(total.sum(), wanted, create_graph=True))
+    return found
 
 
 def assert_gradient_is_exact(learner: Learner, of: Episodes, step: float = 1e-6) -> None:

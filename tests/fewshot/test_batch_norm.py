@@ -12,7 +12,7 @@ from torch import Tensor
 
 from learnedopt.fewshot import normalization
 from learnedopt.fewshot.batch_norm import batch_norm
-from tests.fewshot.support import episodes, generator, make
+from tests.fewshot.support import derivatives, episodes, generator, make
 
 EPS = 1e-3
 SHAPES = [(5, 3), (4, 3, 6), (4, 3, 2, 5)]
@@ -41,18 +41,6 @@ def inputs(shape: tuple[int, ...], affine: bool = True, dtype: torch.dtype = tor
     x = (2.0 + torch.randn(shape, generator=draw, dtype=torch.float64)).to(dtype)
     weight, bias = (torch.randn(shape[1], generator=draw, dtype=torch.float64).to(dtype) for _ in range(2))
     return x.requires_grad_(), weight.requires_grad_() if affine else None, bias.requires_grad_() if affine else None
-
-
-def derivatives(normalize: Normalize, values: Inputs, order: int) -> list[Tensor]:
-    """The derivatives by all inputs of a function of the outputs, of a function of these derivatives, and so on."""
-    wanted = [value for value in values if value is not None]
-    found = [normalize(*values)]
-    for _ in range(order):
-        total = torch.stack(
-            [(value * torch.linspace(-1.0, 2.0, value.numel()).view(value.shape)).pow(3).sum() for value in found]
-        )
-        found = list(torch.autograd.grad(total.sum(), wanted, create_graph=True))
-    return found
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])

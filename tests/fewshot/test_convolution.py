@@ -13,7 +13,7 @@ from learnedopt.fewshot import convolution as module
 from learnedopt.fewshot import vectorized
 from learnedopt.fewshot.convolution import Geometry, convolution
 from learnedopt.fewshot.vectorized import apply
-from tests.fewshot.support import generator
+from tests.fewshot.support import derivatives, generator
 
 GEOMETRIES = [
     Geometry(),
@@ -39,18 +39,6 @@ def inputs(geometry: Geometry, bias: bool = True, dtype: torch.dtype = torch.flo
     shapes = [(2, 3, 6, 7), (6, 3 // geometry.groups, 3, 2), (6,)]
     x, weight, offset = (torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for s in shapes)
     return x.requires_grad_(), weight.requires_grad_(), offset.requires_grad_() if bias else None
-
-
-def derivatives(convolve: Convolve, values: Inputs, order: int) -> list[Tensor]:
-    """The derivatives by all inputs of a function of the outputs, of a function of these derivatives, and so on."""
-    wanted = [value for value in values if value is not None]
-    found = [convolve(*values)]
-    for _ in range(order):
-        total = torch.stack(
-            [(value * torch.linspace(-1.0, 2.0, value.numel()).view(value.shape)).pow(3).sum() for value in found]
-        )
-        found = list(torch.autograd.grad(total.sum(), wanted, create_graph=True))
-    return found
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
