@@ -204,6 +204,18 @@ MINI_IMAGENET = (
         above=_BASELINES,
     ),
     Row(
+        "meta-LSTM, pretrained",
+        _by_shots("mini-imagenet-meta-lstm-pretrained"),
+        above=_BASELINES,
+        changes={"normalization": "support"},
+    ),
+    Row(
+        "meta-LSTM, pretrained, transductive",
+        _by_shots("mini-imagenet-meta-lstm-pretrained"),
+        targets=(42.44, 57.76),
+        above=_BASELINES,
+    ),
+    Row(
         "meta-LSTM of the read-out, pretrained",
         _by_shots("mini-imagenet-meta-lstm-head"),
         above=_BASELINES,
@@ -222,12 +234,23 @@ MINI_IMAGENET = (
         (49.1, 66.5),
     ),
     Row(
+        "prototypical networks, pretrained",
+        _by_shots("mini-imagenet-protonet-pretrained"),
+        targets=(49.1, 66.5),
+    ),
+    Row(
         "MAML, transductive",
         _by_shots("mini-imagenet-maml"),
         ("48.70 ± 1.84", "63.11 ± 0.92"),
         ("48.3, 47.41", "65.4, 65.24"),
         (48.3, 65.4),
     ),
+    Row(
+        "MAML, pretrained, transductive",
+        _by_shots("mini-imagenet-maml-pretrained"),
+        targets=(48.3, 65.4),
+    ),
+    Row("MAML, pretrained", _by_shots("mini-imagenet-maml-pretrained"), changes={"normalization": "support"}),
 )
 TABLES = {
     "omniglot": Table(
@@ -239,7 +262,7 @@ TABLES = {
     "mini_imagenet": Table(
         "mini-ImageNet",
         "the split of Ravi and Larochelle, images compressed once more than the original's, 15 queries of each class; "
-        "networks of 32 channels, prototypical ones of 64",
+        "networks of 32 channels, prototypical ones not pretrained of 64",
         MINI_IMAGENET_SETTINGS,
         MINI_IMAGENET,
     ),
