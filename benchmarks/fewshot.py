@@ -112,6 +112,13 @@ OMNIGLOT = (
     Row("meta-LSTM", _each("omniglot-meta-lstm"), above=_BASELINES, changes={"normalization": "support"}),
     Row("meta-LSTM, transductive", _each("omniglot-meta-lstm"), above=_BASELINES),
     Row(
+        "meta-LSTM, pretrained",
+        _each("omniglot-meta-lstm-pretrained"),
+        above=_BASELINES,
+        changes={"normalization": "support"},
+    ),
+    Row("meta-LSTM, pretrained, transductive", _each("omniglot-meta-lstm-pretrained"), above=_BASELINES),
+    Row(
         "meta-LSTM of the read-out, pretrained",
         _each("omniglot-meta-lstm-head") | {(5, 1): "omniglot-meta-lstm-head-support-5way-1shot"},
         above=_BASELINES,
@@ -234,8 +241,8 @@ MINI_IMAGENET = (
         (49.1, 66.5),
     ),
     Row(
-        "prototypical networks, pretrained",
-        _by_shots("mini-imagenet-protonet-pretrained"),
+        "prototypical networks, 32 channels, trained 1-shot",
+        _all("mini-imagenet-protonet-narrow", MINI_IMAGENET_SETTINGS),
         targets=(49.1, 66.5),
     ),
     Row(
@@ -262,7 +269,7 @@ TABLES = {
     "mini_imagenet": Table(
         "mini-ImageNet",
         "the split of Ravi and Larochelle, images compressed once more than the original's, 15 queries of each class; "
-        "networks of 32 channels, prototypical ones not pretrained of 64",
+        "networks of 32 channels, prototypical ones of 64 unless it says 32",
         MINI_IMAGENET_SETTINGS,
         MINI_IMAGENET,
     ),

@@ -112,7 +112,8 @@ class FewShotRecipe:
     """Episodes that it is validated on, and made for."""
     training: FewShotTrainConfig
     start: str = ""
-    """A trained learner, a name in the zoo or a folder, with whose backbone training begins; "" for random weights."""
+    """A trained learner, a name in the zoo or a folder, with whose backbone training begins, and with a read-out of
+    zeros; "" for random weights."""
 
 
 def load_recipes(source: str | os.PathLike[str] = "meta_training/fewshot") -> dict[str, FewShotRecipe]:
@@ -331,7 +332,12 @@ class FewShotRun:
         return recipe.learner.build(recipe.backbone, shape, generator).to(self._device)
 
     def _begin_with(self, name: str) -> None:
-        """Take over a trained backbone; read-outs are for other classes."""
+        """Take over a trained backbone; read-outs are for other classes.
+
+        One of zeros takes the place of the read-out: it prefers no class, and does not make the first updates of an
+        inner loop move the features for the sake of random weights. Before any training, MAML's inner loop and the
+        meta-LSTM then have many points more than with a random one.
+        """
         entry, prefix = learner_info(name), "model.backbone."
         example = self.learner.shape.example_shape
         if entry.backbone != self.recipe.backbone or entry.shape.example_shape != example:
@@ -351,6 +357,9 @@ class FewShotRun:
         with torch.no_grad():
             for key in shared:
                 own[key].copy_(trained[key])  # in every row, where there is one for each inner step
+            for key in own:
+                if key.startswith("model.head."):
+                    own[key].zero_()
 
     def _step(self) -> float:
         config = self.recipe.training
