@@ -22,6 +22,7 @@ import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -402,7 +403,10 @@ def sinusoid_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator
 
 
 def summary(result: Evaluation) -> dict[str, Any]:
-    """An evaluation as JSON; numbers that are not finite become null."""
+    """An evaluation as JSON; numbers that are not finite become null.
+
+    Accuracies are kept episode by episode, so that methods can be compared on each.
+    """
     numbers = {name: getattr(result, name) for name in ("mean", "ci95", "median")}
     return {
         "metric": result.metric,
@@ -410,6 +414,7 @@ def summary(result: Evaluation) -> dict[str, Any]:
         "n": result.n,
         "diverged": result.diverged,
         "transductive": result.transductive,
+        **({"episodes": " ".join(f"{value:.4g}" for value in result.values)} if result.metric == "accuracy" else {}),
     }
 
 
@@ -438,21 +443,16 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
     ]
     missing: dict[str, None] = {}
     short: dict[str, None] = {}
-
-    def entries(label: str, setting: str, recipe: str) -> list[dict[str, Any]]:
-        wanted = (label, setting, recipe)
-        return [e for e in results["entries"].values() if (e["label"], e["setting"], e["recipe"]) == wanted]
-
     rows = {row.label: row for row in table.rows}
     for row in table.rows:
         for index, (ways, shots) in enumerate(table.settings):
             if (ways, shots) not in row.recipes:
                 continue
             setting, recipe = f"{ways}-way {shots}-shot", row.recipes[ways, shots]
-            found = entries(row.label, setting, recipe)
+            found = _entries(results, row, ways, shots)
             others = " | ".join(figures[index] if figures else "" for figures in (row.published, row.reproduced))
             if found:
-                rivals = [entries(label, setting, rows[label].recipes[ways, shots]) for label in row.above]
+                rivals = [_entries(results, rows[label], ways, shots) for label in row.above]
                 targets = [_mean(rival) for rival in rivals if rival]
                 aim = (row.targets[index] if row.targets else None) or 0.0
                 below = max([aim, *targets]) - _mean(found)
@@ -468,6 +468,7 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
                 missing[recipe] = None
                 cells = f"not trained yet | | | {others} | | "
             lines.append(f"| {row.label} | {setting} | {cells} |")
+    lines += comparison(table, results)
     commands = []
     if missing:
         commands.append(f"python benchmarks/fewshot.py train {' '.join(missing)} --root DIR --time-limit 3600")
@@ -488,6 +489,43 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def comparison(table: Table, results: dict[str, Any]) -> list[str]:
+    """What each row that should be above others is above them by, on the same episodes."""
+    rows = {row.label: row for row in table.rows}
+    head = [
+        "",
+        "Differences on the same episodes, between the first training seeds, with the 95 % interval of the mean "
+        "difference:",
+        "",
+        "| method | setting | beside | difference |",
+        "|---|---|---|--:|",
+    ]
+    lines = []
+    for row in table.rows:
+        for (ways, shots), label in product(table.settings, row.above):
+            ours, theirs = (_judged(_entries(results, one, ways, shots)) for one in (row, rows[label]))
+            if ours and theirs:
+                mean, ci95 = ours.difference(theirs)
+                figures = f"{100 * mean:+.2f} ± {100 * ci95:.2f}"
+                lines.append(f"| {row.label} | {ways}-way {shots}-shot | {label} | {figures} |")
+    return head + lines if lines else []
+
+
+def _entries(results: dict[str, Any], row: Row, ways: int, shots: int) -> list[dict[str, Any]]:
+    """What was measured for a row in one setting, one for each training seed."""
+    wanted = (row.label, f"{ways}-way {shots}-shot", row.recipes.get((ways, shots)))
+    return [e for e in results["entries"].values() if (e["label"], e["setting"], e["recipe"]) == wanted]
+
+
+def _judged(entries: list[dict[str, Any]]) -> Evaluation | None:
+    """The first seed's evaluation, if it was kept episode by episode."""
+    for entry in entries:
+        if entry["seed"] == 0 and "episodes" in entry:
+            values = tuple(map(float, entry["episodes"].split()))
+            return Evaluation(entry["metric"], values, entry["diverged"], entry["transductive"])
+    return None
 
 
 def _mean(entries: list[dict[str, Any]]) -> float:

@@ -85,6 +85,22 @@ def test_one_episode_has_no_interval() -> None:
     assert math.isnan(Evaluation("accuracy", (0.5,), 0, False).ci95)
 
 
+def test_two_evaluations_are_compared_episode_by_episode() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hardness, ours, theirs = torch.rand(3, 500, generator=generator, dtype=torch.float64)
+    first = Evaluation("accuracy", tuple((0.5 * hardness + 0.1 * ours + 0.02).tolist()), 0, False)
+    second = Evaluation("accuracy", tuple((0.5 * hardness + 0.1 * theirs).tolist()), 0, True)
+    mean, ci95 = first.difference(second)
+    assert mean == pytest.approx(first.mean - second.mean) and 0 < ci95 < 0.5 * first.ci95
+    assert ci95 == pytest.approx(1.96 * float((0.1 * (ours - theirs)).std()) / math.sqrt(500))
+    back = second.difference(first)
+    assert back == pytest.approx((-mean, ci95))
+    with pytest.raises(ValueError, match="accuracy of 500 episodes, the other accuracy of 1"):
+        first.difference(Evaluation("accuracy", (0.5,), 0, False))
+    with pytest.raises(ValueError, match="the other mse of 500"):
+        first.difference(Evaluation("mse", second.values, 0, False))
+
+
 def test_nothing_to_evaluate_is_an_error() -> None:
     empty = Sinusoid().frozen(2)[:0]
     with pytest.raises(ValueError, match="no episodes"):
