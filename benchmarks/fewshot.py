@@ -354,15 +354,19 @@ def image_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator[tu
     """Every row and setting that a run serves."""
     best = run.best_learner()
     classes = load_classes(run.recipe.data, "test", arguments.root)
+    validation = load_classes(run.recipe.data, "validation", arguments.root)
     for row in (row for table in TABLES.values() for row in table.rows):
         if run.recipe.name not in row.recipes.values():
             continue
         learner, images = on_features(_as_row(row, run, best), classes)
         for (ways, shots), name in row.recipes.items():
-            if name == run.recipe.name and ways in arguments.ways:
+            if name == run.recipe.name and ways in arguments.ways and shots in arguments.shots:
                 check_frozen(FewShotTask(classes, ways, shots, 15))
                 episodes = FewShotTask(images, ways, shots, 15).frozen(arguments.episodes)
-                yield row.label, f"{ways}-way {shots}-shot", evaluate(learner, episodes)
+                # What a method leaves to validation is chosen for each setting apart, on equally many queries.
+                chosen = learner.with_config()
+                chosen.choose_settings(FewShotTask(validation, ways, shots, 5).frozen(150 // ways))
+                yield row.label, f"{ways}-way {shots}-shot", evaluate(chosen, episodes)
 
 
 def on_features(learner: Learner, classes: ClassSet) -> tuple[Learner, ClassSet]:
@@ -586,7 +590,8 @@ def main() -> None:
             command.add_argument("--time-limit", type=float, default=float("inf"), help="seconds for each run")
         if name == "evaluate":
             command.add_argument("--episodes", type=int, default=600)
-            command.add_argument("--ways", type=int, nargs="+", default=[5, 20], help="settings to judge, on Omniglot")
+            command.add_argument("--ways", type=int, nargs="+", default=[5, 20], help="settings to judge, on images")
+            command.add_argument("--shots", type=int, nargs="+", default=[1, 5], help="likewise")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.function(arguments)
