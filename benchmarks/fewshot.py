@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -294,20 +293,25 @@ def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, int, FewShotRun]]
         name, _, seed = folder.name.rpartition("-seed")
         if not (folder / "checkpoint.pt").exists() or (arguments.recipe and name not in arguments.recipe):
             continue
+        if name not in recipes:
+            print(f"{folder}: no recipe of this name any more", flush=True)
+            continue
         recipe = recipes[name]
         steps = json.loads((folder / "config.json").read_text())["training"]["steps"]
-        training = dataclasses.replace(recipe.training, seed=int(seed), steps=steps)
-        yield name, int(seed), FewShotRun(dataclasses.replace(recipe, training=training), folder, arguments.root)
+        training = replace(recipe.training, seed=int(seed), steps=steps)
+        yield name, int(seed), FewShotRun(replace(recipe, training=training), folder, arguments.root)
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Go on with the runs named."""
     recipes = load_recipes()
+    if unknown := [name for name in arguments.recipe if name not in recipes]:
+        raise SystemExit(f"no recipe {', '.join(unknown)}; there are {', '.join(recipes)}")
     for seed in arguments.seeds:
         for name in arguments.recipe:
             recipe = recipes[name]
             steps = arguments.steps or recipe.training.steps
-            recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=seed, steps=steps))
+            recipe = replace(recipe, training=replace(recipe.training, seed=seed, steps=steps))
             run = FewShotRun(recipe, arguments.runs / f"{name}-seed{seed}", arguments.root)
             for record in run.run(arguments.time_limit):
                 if "validation" in record:
@@ -382,8 +386,8 @@ def on_features(learner: Learner, classes: ClassSet) -> tuple[Learner, ClassSet]
     places = torch.arange(len(classes.images)).split(256)
     with torch.no_grad():
         features = torch.cat([network(classes.gather(some)).flatten(1) for some in places])
-    bare.shape = dataclasses.replace(bare.shape, example_shape=tuple(features.shape[1:]))
-    return bare, dataclasses.replace(classes, images=features)
+    bare.shape = replace(bare.shape, example_shape=tuple(features.shape[1:]))
+    return bare, replace(classes, images=features)
 
 
 def _as_row(row: Row, run: FewShotRun, best: Learner) -> Learner:
@@ -445,8 +449,9 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
         "| method | setting | here | short by | transductive | published | reproduced | steps | seconds |",
         "|---|---|--:|--:|---|--:|--:|--:|--:|",
     ]
-    missing: dict[str, None] = {}
-    short: dict[str, None] = {}
+    # What to train, and for how many steps; None is what the recipe says.
+    missing: dict[str, int | None] = {}
+    short: dict[str, int | None] = {}
     rows = {row.label: row for row in table.rows}
     for row in table.rows:
         for index, (ways, shots) in enumerate(table.settings):
@@ -461,25 +466,28 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
                 aim = (row.targets[index] if row.targets else None) or 0.0
                 below = max([aim, *targets]) - _mean(found)
                 if below > 0:
-                    finished = all(entry["step"] == entry["steps"] for entry in found)
-                    (short if finished else missing)[recipe] = None
-                steps = ", ".join(f"{entry['step']} of {entry['steps']}" for entry in found)
+                    steps = max(entry["steps"] for entry in found)
+                    if all(entry["step"] == entry["steps"] for entry in found):
+                        short[recipe] = max(40000, 2 * steps)
+                    else:
+                        missing[recipe] = steps
+                done = ", ".join(f"{entry['step']} of {entry['steps']}" for entry in found)
                 seconds = ", ".join(str(entry["seconds"]) for entry in found)
                 transductive = "yes" if found[0]["transductive"] else "no"
                 by = f"{below:.2f}" if below > 0 else ""
-                cells = f"{_accuracy(found)} | {by} | {transductive} | {others} | {steps} | {seconds}"
+                cells = f"{_accuracy(found)} | {by} | {transductive} | {others} | {done} | {seconds}"
             else:
                 missing[recipe] = None
                 cells = f"not trained yet | | | {others} | | "
             lines.append(f"| {row.label} | {setting} | {cells} |")
     lines += comparison(table, results)
-    commands = []
-    if missing:
-        commands.append(f"python benchmarks/fewshot.py train {' '.join(missing)} --root DIR --time-limit 3600")
-    if short:
-        commands.append(
-            f"python benchmarks/fewshot.py train {' '.join(short)} --root DIR --steps 40000 --runs runs/long"
-        )
+    commands = [
+        f"python benchmarks/fewshot.py train {' '.join(name for name in wanted if wanted[name] == steps)} --root DIR "
+        + (f"--steps {steps} " * (steps is not None))
+        + where
+        for wanted, where in ((missing, "--time-limit 3600"), (short, "--runs runs/long"))
+        for steps in dict.fromkeys(wanted.values())
+    ]
     lines += [
         "",
         f"Made by `{results['command']}` with torch {results['torch']}; raw results in `fewshot.json`. To go on, or to "
@@ -511,6 +519,8 @@ def comparison(table: Table, results: dict[str, Any]) -> list[str]:
         for (ways, shots), label in product(table.settings, row.above):
             ours, theirs = (_judged(_entries(results, one, ways, shots)) for one in (row, rows[label]))
             if ours and theirs:
+                both = min(ours.n, theirs.n)  # a longer list begins with the shorter one
+                ours, theirs = (replace(one, values=one.values[:both]) for one in (ours, theirs))
                 mean, ci95 = ours.difference(theirs)
                 figures = f"{100 * mean:+.2f} ± {100 * ci95:.2f}"
                 lines.append(f"| {row.label} | {ways}-way {shots}-shot | {label} | {figures} |")

@@ -221,7 +221,7 @@ def _zoo_list(arguments: argparse.Namespace) -> int:
 
 
 def _zoo_show(arguments: argparse.Namespace) -> int:
-    if arguments.name in fewshot.list_learners():
+    if arguments.name in fewshot.list_learners() or _is_learner(arguments.name):
         return _zoo_show_learner(arguments.name)
     entry, rule = zoo.entry_info(arguments.name), zoo.load_rule(arguments.name)
     facts: dict[str, object] = {
@@ -234,6 +234,14 @@ def _zoo_show(arguments: argparse.Namespace) -> int:
     }
     _print_entry(facts, entry.card)
     return 0
+
+
+def _is_learner(folder: str) -> bool:
+    try:
+        fewshot.learner_info(folder)
+    except zoo.ZooError:
+        return False
+    return True
 
 
 def _zoo_show_learner(name: str) -> int:

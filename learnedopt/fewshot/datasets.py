@@ -7,10 +7,14 @@ test episodes.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -279,7 +283,12 @@ def _known_part(part: Part) -> Part:
 
 def _class_set(split: Split, part: Part, files: Mapping[str, Any]) -> ClassSet:
     """Decode image files by class, prepare them as the split says, and add the rotations."""
-    decoded = {name: [_decoded(data, split) for data in found] for name, found in files.items()}
+    decoded: dict[str, list[Tensor]] = {}
+    for name, found in files.items():
+        try:
+            decoded[name] = [_decoded(data, split) for data in found]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"an image of the class {name} cannot be used: {error}") from error
     if empty := [name for name, found in decoded.items() if not found]:
         raise FileNotFoundError(f"{len(empty)} class(es) of {split.name} have no images, {empty[0]} first")
     images = {name: torch.stack(found) for name, found in decoded.items()}
@@ -310,11 +319,20 @@ def _image_files(root: Path) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     """Folder, name and content of every image below ``root``, also inside tar archives that lie there."""
     for path in sorted(root.glob("**/*.jpg")):
         yield path.parent.name, path.name, path.read_bytes
-    for archive in sorted(root.glob("*.tar*")):
-        with tarfile.open(archive) as content:
+    for archive in sorted(path for ending in ("", ".gz", ".xz", ".bz2") for path in root.glob(f"*.tar{ending}")):
+        with _whole(archive), tarfile.open(archive) as content:
             for member in content:
                 name = Path(member.name)
                 if member.isfile() and name.suffix == ".jpg":
                     file = content.extractfile(member)
                     assert file is not None
-                    yield name.parent.name, name.name, file.read
+                    yield name.parent.name, name.name, _whole(archive)(file.read)
+
+
+@contextmanager
+def _whole(archive: Path) -> Iterator[None]:
+    """Name the archive that is damaged."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{archive} cannot be read to its end as an archive: {error}") from error

@@ -402,7 +402,7 @@ class Sinusoid(EpisodeSource):
     shots: int = 10
     queries: int = 10
     part: Part = "test"
-    """Of frozen episodes: those of the three have no wave in common."""
+    """Of frozen episodes: those of the three have no wave in common, nor with what a usual seed draws."""
 
     ways = None
     num_classes = None
@@ -428,9 +428,9 @@ class Sinusoid(EpisodeSource):
         return x[:, 0], y[:, 0]
 
     def frozen(self, count: int, seed: int = 0) -> Episodes:
-        if self.part != "test":
-            seed = int.from_bytes(hashlib.sha256(f"sinusoid {self.part} {seed}".encode()).digest()[:7])
-        generator = Generator().manual_seed(seed)
+        # Hashed, so that no list is what a generator with a usual seed draws for training.
+        hashed = int.from_bytes(hashlib.sha256(f"sinusoid {self.part} {seed}".encode()).digest()[:7])
+        generator = Generator().manual_seed(hashed)
         drawn = [self.sample(1, generator) for _ in range(count)]
         return Episodes(
             torch.cat([one.support_x for one in drawn]),

@@ -70,7 +70,7 @@ class Evaluation:
         """How much higher this one is on the same episodes: the mean difference, and half of its 95 % interval's width.
 
         Of two evaluations on one list most of what makes an episode hard is in both, so that the interval of their
-        difference is narrower than their own intervals suggest.
+        difference is narrower than their own intervals suggest. Not a number, where errors are not all finite.
 
         Raises:
             ValueError: they are of different metrics or numbers of episodes.
@@ -86,6 +86,8 @@ class Evaluation:
                 f"episodes, the other {other.metric} of {other.n}"
             )
         values = tuple(ours - theirs for ours, theirs in zip(self.values, other.values))
+        if not all(map(math.isfinite, values)):
+            return math.nan, math.inf
         found = Evaluation(self.metric, values, self.diverged, self.transductive)
         return found.mean, found.ci95
 

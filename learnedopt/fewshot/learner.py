@@ -242,10 +242,18 @@ class Learner(nn.Module, ABC):
         if len(support_x) == 0:
             raise ValueError("support_x holds no episodes")
         ways = self._check_targets(support_y, ways)
+        if torch.is_inference_mode_enabled():
+            # Inner loops need gradients, which inference mode cannot give back.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._fitted(support_x.clone(), support_y.clone(), ways, single)
+        return self._fitted(support_x, support_y, ways, single)
+
+    def _fitted(self, support_x: Tensor, support_y: Tensor, ways: int | None, single: bool) -> Adapted:
         # Queries are not known yet: 15 of each class, as is usual.
         sizes = self._sizes(len(support_x), support_x.shape[1] + 15 * (ways or 0), support_x.device)
         parts = zip(support_x.split(sizes), support_y.split(sizes))
-        return Adapted([self.fit_part(x, y, ways) for x, y in parts], sizes, shape, single)
+        found = [self.fit_part(x, y, ways) for x, y in parts]
+        return Adapted(found, sizes, self.shape.example_shape, single)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """What meta-training minimizes, averaged over the episodes: a scalar to call ``backward`` on.
@@ -253,7 +261,8 @@ class Learner(nn.Module, ABC):
         Most methods: the loss of the queries after fitting to the support; cross-entropy, or the mean squared error.
         Where episodes are taken in several parts, the gradient of each is computed at once and its graph let go, so
         that memory does not grow with their number; the result can then be differentiated once, not twice. In training
-        mode, running averages of batch normalization move, if the method has any.
+        mode, running averages of batch normalization move, if the method has any; in evaluation mode what an inner loop
+        arrives at is a constant, so that no gradient reaches what it began with.
 
         Raises:
             ValueError: the episodes are not what the learner was made for.
@@ -269,8 +278,9 @@ class Learner(nn.Module, ABC):
         if len(episodes) <= size:
             return self.losses(episodes).mean()
         parts = episodes.batches(size)
+        tensors = (episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y)
         weights = [weight for weight in self.parameters() if weight.requires_grad]
-        if not weights or not torch.is_grad_enabled():
+        if not weights or not torch.is_grad_enabled() or any(x.requires_grad for x in tensors):
             return torch.cat([self.losses(part) for part in parts]).mean()
         total: Tensor | None = None
         gradients: list[Tensor | None] = [None] * len(weights)

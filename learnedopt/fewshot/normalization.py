@@ -80,7 +80,8 @@ class EpisodicBatchNorm(_BatchNorm):
         x, used = _normalized(x, scope, self.eps, weight=self.weight, bias=self.bias, **values)
         if scope.record is not None and used is not None:
             scope.record[self] = used
-        return x
+        # Under vmap an output of a custom operation is a view, which a ReLU in place must not write to.
+        return x.clone() if scope.twice else x
 
     def episodes(self, x: Tensor, episodes: int, values: Mapping[str, Tensor], prefix: str) -> Tensor:
         """What :meth:`forward` does to each of a batch of episodes, within :func:`statistics`.
@@ -175,6 +176,10 @@ def episodic(module: nn.Module, track: bool) -> nn.Module:
     Args:
         module: Changed in place, unless it is itself a batch normalization.
         track: Whether there shall be running averages.
+
+    Raises:
+        ValueError: a batch normalization is not one of torch's own classes, or has hooks: the replacement would leave
+            out what they do.
     """
     replaced: dict[nn.Module, nn.Module] = {}
 
@@ -194,6 +199,13 @@ def episodic(module: nn.Module, track: bool) -> nn.Module:
 
 
 def _replacement(module: _BatchNorm, track: bool) -> EpisodicBatchNorm:
+    if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        raise ValueError(
+            f"{type(module).__name__} is a batch normalization of its own kind, and only torch's BatchNorm1d, 2d, 3d "
+            "and SyncBatchNorm can be given an episode's statistics: use one of these in the backbone"
+        )
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise ValueError("a batch normalization of the backbone has hooks, which would be lost: remove them")
     found = EpisodicBatchNorm(module.num_features, module.eps, module.momentum, False, track)
     found.weight, found.bias, found.affine = module.weight, module.bias, module.affine
     if module.weight is not None:

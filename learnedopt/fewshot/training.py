@@ -21,6 +21,7 @@ from learnedopt.fewshot.episodes import EpisodeSource, FewShotTask, Sinusoid, Tr
 from learnedopt.fewshot.evaluate import evaluate
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
 from learnedopt.meta.recipe import (
+    check_folder,
     hardware,
     load_file,
     read_checkpoint,
@@ -148,6 +149,10 @@ def load_fewshot_recipe(name: str) -> FewShotRecipe:
     Raises:
         ValueError: there is no such recipe; the message lists those there are. And as :func:`load_recipes`.
     """
+    if name.endswith(".py"):
+        raise ValueError(
+            f"say which recipe of {name} is meant, as {name}:NAME; there are {', '.join(load_recipes(name))}"
+        )
     file, _, short = name.rpartition(":")
     recipes = load_recipes(file) if file else load_recipes()
     if short not in recipes:
@@ -181,7 +186,8 @@ class FewShotRun:
 
     Raises:
         ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read; or
-            the backbone that training is to begin with is another network.
+            the folder holds something else under the names of a run's files; or the backbone that training is to
+            begin with is another network.
         ZooError: the learner that training is to begin with cannot be loaded.
     """
 
@@ -218,6 +224,8 @@ class FewShotRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._checkpoint.exists():
             self._resume()
+        else:
+            check_folder(self.folder, recipe.name)
         settings = {"commit": self.commit, "device": str(device), **self._settings()}
         (self.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -280,7 +288,11 @@ class FewShotRun:
 
         Settings that the method leaves to validation (:meth:`Learner.choose_settings`) are chosen on the validation
         episodes.
+
+        Raises:
+            ValueError: there has been no validation yet.
         """
+        self._check_validated()
         learner = self._built(torch.Generator().manual_seed(0)).eval()
         learner.load_state_dict(self.best_weights)
         learner.choose_settings(self._validation)
@@ -296,11 +308,7 @@ class FewShotRun:
             ValueError: there has been no validation yet.
         """
         recipe = self.recipe
-        if not self.best_step:
-            raise ValueError(
-                f"there is no learner to export: no validation in the {self.step} step(s) so far, and there is one "
-                f"every {recipe.training.validate_every}"
-            )
+        self._check_validated()
         card = Path(folder) / recipe.name / "card.md"
         return save_learner(
             self.best_learner(),
@@ -324,6 +332,13 @@ class FewShotRun:
                 "torch": str(torch.__version__),
             },
         )
+
+    def _check_validated(self) -> None:
+        if not self.best_step:
+            raise ValueError(
+                f"there is no best learner yet: no validation in the {self.step} step(s) so far, and there is one "
+                f"every {self.recipe.training.validate_every}"
+            )
 
     def _built(self, generator: torch.Generator) -> Learner:
         source, recipe = self.source.source, self.recipe
@@ -370,13 +385,18 @@ class FewShotRun:
         self.optimizer.zero_grad()
         buffers = list(self.learner.buffers())
         before = [buffer.clone() for buffer in buffers]
-        loss = self.learner.training_step(self.source, self.generator)
-        if loss.requires_grad:
-            loss.backward()
+        # What a backbone draws for itself, as dropout does, depends on the step alone, and so outlives an interruption.
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(((config.seed << 32) + self.step) % 2**63)
+            loss = self.learner.training_step(self.source, self.generator)
+            if loss.requires_grad:
+                loss.backward()
         parameters = [p for p in self.learner.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if config.clip_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, config.clip_value)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if config.clip_norm is None else config.clip_norm)
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         finite = [value.isfinite().all() for value in (norm.to(self._device), *buffers)]
         if bool(torch.stack(finite).all()):
             self.optimizer.step()
@@ -396,8 +416,10 @@ class FewShotRun:
             )
 
     def _validate(self) -> dict[str, float]:
-        """Remember the weights if they are the best so far."""
-        result = evaluate(self.learner, self._validation)
+        """Remember the weights if they are the best so far, under the settings that suit them best."""
+        judged = self.learner.with_config()
+        judged.choose_settings(self._validation)
+        result = evaluate(judged, self._validation)
         # A few diverged regressions own the mean, and would make the choice by chance.
         score = result.mean if result.metric == "accuracy" else -result.median
         if score > self.best_score:

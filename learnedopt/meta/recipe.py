@@ -147,7 +147,8 @@ class MetaTrainingRun:
 
     Raises:
         ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read; or
-            the rule that training is to begin with has other settings.
+            the folder holds something else under the names of a run's files; or the rule that training is to begin
+            with has other settings.
         ZooError: that rule cannot be loaded.
     """
 
@@ -169,6 +170,8 @@ class MetaTrainingRun:
         self.commit = source_commit()
         if self._checkpoint.exists():
             self._resume()
+        else:
+            check_folder(self.folder, recipe.name)
         config = {
             "recipe": recipe.name,
             "commit": self.commit,
@@ -293,6 +296,25 @@ class MetaTrainingRun:
         for _, flush in writers:
             flush()
         self.save()
+
+
+def check_folder(folder: Path, recipe: str) -> None:
+    """Refuse a folder without a checkpoint in which a run would overwrite what no run of the recipe has written.
+
+    Raises:
+        ValueError: it has a ``config.json`` of something else, or a ``log.jsonl`` with none.
+    """
+    config, log = folder / "config.json", folder / "log.jsonl"
+    if not config.exists() and not log.exists():
+        return
+    try:
+        found = json.loads(config.read_text())
+    except (FileNotFoundError, ValueError):
+        found = None
+    # A run that was killed before its first checkpoint has left both.
+    if not (isinstance(found, dict) and found.get("recipe") == recipe):
+        name = config.name if config.exists() else log.name
+        raise ValueError(f"{folder} has a {name} that is not of a run of {recipe}: choose another folder for the run")
 
 
 _Writer = tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]

@@ -113,7 +113,8 @@ class InnerLoopLearner(Learner):
         super().__init__(config, shape)
         features = feature_size(backbone, shape.example_shape)
         track = config.normalization == "running" if track is None else track
-        self.model = Network(episodic(backbone, track), nn.Linear(features, outputs or shape.ways or shape.outputs))
+        head = nn.Linear(features, outputs or shape.ways or shape.outputs)
+        self.model = Network(episodic(backbone, track), head.to(next(backbone.parameters(), head.weight)))
         self.norms = batch_norms(self.model)
         norms = {f"{norm}.{name}" for norm in self.norms for name in ("weight", "bias")}
         names = [name for name, _ in self.model.named_parameters()]
