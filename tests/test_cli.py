@@ -126,6 +126,8 @@ def test_zoo_show_tells_what_is_known_of_a_shipped_learner(name: str, capsys: Ca
     entry, output = learner_info(name), capsys.readouterr().out
     assert entry.sha256 in output and entry.card.strip() in output
     assert f"kind={entry.learner.kind}" in output and f"kind={entry.backbone.kind}" in output
+    assert main(["zoo", "show", str(entry.path)]) == 0, "by its folder too"
+    assert capsys.readouterr().out == output
 
 
 def test_a_learner_of_the_zoo_is_trained_again_by_its_recipe(

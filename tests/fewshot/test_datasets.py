@@ -206,6 +206,30 @@ def test_mini_imagenet_is_read_from_folders_and_archives(
         mini_imagenet(tmp_path, "validation", str(path))
 
 
+def test_damaged_archives_and_images_are_named_and_other_files_left_alone(tmp_path: Path) -> None:
+    path = write_split(
+        tmp_path,
+        dataset="mini-imagenet",
+        size=84,
+        channels=3,
+        invert=False,
+        rotations=[0],
+        classes={"train": ["n1"], "validation": ["n2"], "test": ["n3"]},
+    )
+    as_archives(tmp_path, {f"test/n3/{name}.jpg": photograph(number) for number, name in enumerate("abcdefgh")})
+    (tmp_path / "mini_a.tar.gz.sha256").write_text("of the archive")
+    assert len(mini_imagenet(tmp_path, "test", str(path)).images) == 8
+    whole = (tmp_path / "mini_a.tar.gz").read_bytes()
+    mini_imagenet.cache_clear()
+    for damaged in (whole[: len(whole) // 2], b"nothing", whole[:-200] + bytes(200)):
+        (tmp_path / "mini_a.tar.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"mini_a\.tar\.gz cannot be read to its end as an archive"):
+            mini_imagenet(tmp_path, "test", str(path))
+    as_archives(tmp_path, {"test/n3/a.jpg": photograph(1), "test/n3/b.jpg": b"no image"})
+    with pytest.raises(ValueError, match="an image of the class n3 cannot be used: cannot identify"):
+        mini_imagenet(tmp_path, "test", str(path))
+
+
 def test_cifar_fs_takes_both_halves_of_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
     names = sorted({name for part in PARTS for name in load_split("cifar-fs").classes[part]})

@@ -208,6 +208,14 @@ def test_indices_say_which_is_support() -> None:
     assert first.sha256() == dataclasses.replace(first).sha256() != dataclasses.replace(first, shots=2).sha256()
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_no_frozen_wave_is_what_a_usual_seed_draws(part: Part) -> None:
+    task = Sinusoid(shots=3, queries=4, part=part)
+    for seed in range(3):
+        frozen, generator = task.frozen(10, seed), torch.Generator().manual_seed(seed)
+        assert not any(torch.isin(frozen.query_x, task.sample(1, generator).query_x).any() for _ in range(10))
+
+
 def test_no_wave_for_validation_is_one_for_the_test() -> None:
     test, validation = (Sinusoid(shots=3, queries=4, part=part).frozen(20) for part in ("test", "validation"))
     assert not torch.isin(validation.support_x, test.support_x).any()

@@ -95,6 +95,10 @@ def test_two_evaluations_are_compared_episode_by_episode() -> None:
     assert ci95 == pytest.approx(1.96 * float((0.1 * (ours - theirs)).std()) / math.sqrt(500))
     back = second.difference(first)
     assert back == pytest.approx((-mean, ci95))
+    errors = [Evaluation("mse", values, 1, False) for values in ((1.0, math.inf), (math.inf, 1.0), (1.0, 2.0))]
+    for other in errors:
+        mean, ci95 = errors[0].difference(other)
+        assert math.isnan(mean) and ci95 == math.inf
     with pytest.raises(ValueError, match="accuracy of 500 episodes, the other accuracy of 1"):
         first.difference(Evaluation("accuracy", (0.5,), 0, False))
     with pytest.raises(ValueError, match="the other mse of 500"):

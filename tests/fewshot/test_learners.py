@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from learnedopt.fewshot import vectorized
 from learnedopt.fewshot.backbones import Conv4
 from learnedopt.fewshot.episodes import ClassSet, Episodes, FewShotTask, Sinusoid, TrainingSource
 from learnedopt.fewshot.evaluate import evaluate
-from learnedopt.fewshot.learner import LearnerShape
+from learnedopt.fewshot.learner import Learner, LearnerShape
 from learnedopt.fewshot.learners import LEARNERS
 from learnedopt.fewshot.normalization import batch_norms
 from learnedopt.rules import MetaLSTMConfig
@@ -229,6 +230,84 @@ def test_convolutions_are_run_as_the_module_would_run_them(
     for others in found[1:]:
         torch.testing.assert_close(others, found[0], rtol=1e-6, atol=1e-8)
     assert found[0][1].abs().max() > 1e-3
+
+
+class Block(nn.Module):
+    """Not a plain sequence of layers, and with a ReLU in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.relu = nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.relu(self.norm(self.linear(x)))
+        return found
+
+
+def blocks(kind: str, mode: str) -> tuple[Learner, Episodes]:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        block = Block()
+    settings: dict[str, Any] = {"normalization": mode}
+    learner = LEARNERS[kind](**settings).build(block, LearnerShape((3,), 2, num_classes=4), generator())
+    x, y = torch.randn(3, 6, 3, generator=generator(1)), torch.tensor([[0, 0, 0, 1, 1, 1]] * 3)
+    return learner, Episodes(x, y, x + 0.1, y, ways=2)
+
+
+@pytest.mark.parametrize("kind", EPISODIC)
+@pytest.mark.parametrize("mode", MODES)
+def test_operations_in_place_after_batch_normalization(kind: str, mode: str) -> None:
+    gradients = []
+    for size in (1, 3):
+        learner, of = blocks(kind, mode)
+        learner.with_config(episodes_at_once=size).meta_loss(of).backward()
+        gradients.append([weight.grad for weight in learner.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fitting_within_inference_mode_is_fitting(kind: str) -> None:
+    learner, of = blocks(kind, "support")
+    expected = learner.eval().fit(of.support_x, of.support_y).predict(of.query_x)
+    with torch.inference_mode():
+        x, y = of.support_x.clone(), of.support_y.clone()
+        found = learner.fit(x, y).predict(of.query_x.clone())
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", EPISODIC)
+def test_examples_have_gradients_however_many_episodes_go_together(kind: str) -> None:
+    if kind == "reptile":
+        pytest.skip("its loss is a number beside its pseudo-gradient")
+    learner, of = blocks(kind, "transductive")
+    gradients = []
+    for size in (1, 3):
+        x = of.query_x.clone().requires_grad_()
+        learner.with_config(episodes_at_once=size).meta_loss(replace(of, query_x=x)).backward()
+        gradients.append(x.grad)
+    assert gradients[0] is not None and bool(gradients[0].any())
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_read_out_has_the_dtype_of_the_backbone() -> None:
+    learner = LEARNERS["maml"]().build(nn.Linear(3, 4).double(), LearnerShape((3,), 2))
+    x = torch.eye(2, 3, dtype=torch.float64)
+    assert learner.fit(x, torch.arange(2)).predict(x).dtype == torch.float64
+
+
+class Louder(nn.BatchNorm1d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 100 * super().forward(x)
+
+
+def test_batch_normalizations_of_other_kinds_are_refused() -> None:
+    shape = LearnerShape((3,), 2)
+    with pytest.raises(ValueError, match="Louder is a batch normalization of its own kind"):
+        LEARNERS["maml"]().build(nn.Sequential(nn.Linear(3, 4), Louder(4)), shape)
+    hooked = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    hooked[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="has hooks, which would be lost"):
+        LEARNERS["protonet"]().build(hooked, shape)
 
 
 class Added(nn.Module):

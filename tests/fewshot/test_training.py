@@ -190,6 +190,61 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         FewShotRun(SINE, tmp_path)
 
 
+@pytest.mark.parametrize(("name", "content"), [("config.json", '{"name": "mine"}'), ("log.jsonl", "mine")])
+def test_files_that_are_not_a_runs_stay_as_they_are(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"has a {name} that is not of a run of tiny: choose another folder"):
+        FewShotRun(SINE, tmp_path)
+    assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    FewShotRun(SINE, tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    finish(FewShotRun(SINE, tmp_path))
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == SINE.training.steps
+
+
+def test_there_is_no_best_learner_before_the_first_validation(tmp_path: Path) -> None:
+    run = FewShotRun(SINE, tmp_path)
+    one_step(run)
+    with pytest.raises(ValueError, match=r"no best learner yet: no validation in the 1 step\(s\) so far"):
+        run.best_learner()
+
+
+def test_validation_is_under_the_settings_that_are_best_there(blobs: str, tmp_path: Path) -> None:
+    """Else the weights that are kept would be those that bear an unsuited rate best."""
+    config = FinetuneConfig(learning_rate=1e30, learning_rates=(1e30, 0.1), decays=(0.0,))
+    run = FewShotRun(classification(config, validation_episodes=20), tmp_path)
+    scores = [record["validation"] for record in finish(run) if "validation" in record]
+    assert min(scores) > 0.5 and run.learner.config == config
+    best = run.best_learner()
+    episodes = episode_source(blobs, run.recipe.test, "validation").frozen(20)
+    assert evaluate(best, episodes).mean == run.best_score
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropping(MLP):
+    """A network that draws for itself."""
+
+    def build(self, example_shape: tuple[int, ...]) -> torch.nn.Module:
+        return torch.nn.Sequential(super().build(example_shape), torch.nn.Dropout(0.5))
+
+
+def test_what_a_backbone_draws_outlives_an_interruption_and_leaves_other_draws_alone(
+    blobs: str, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(classification(ProtoNetConfig()), backbone=Dropping((6,)))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    finish(whole := FewShotRun(recipe, tmp_path / "whole"))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    one_step(FewShotRun(recipe, tmp_path / "parts"))
+    finish(parts := FewShotRun(recipe, tmp_path / "parts"))
+    same(whole, parts)
+
+
 def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(tmp_path: Path) -> None:
     broken = dataclasses.replace(
         SINE,
@@ -207,6 +262,22 @@ def one_step(run: FewShotRun) -> None:
     steps = run.run()
     next(steps)
     steps.close()
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_value": 1.0}, {"clip_norm": 1.0}])
+def test_infinite_gradients_are_skipped_and_not_clipped(
+    clip: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FewShotRun(dataclasses.replace(SINE, training=dataclasses.replace(SINE.training, **clip)), tmp_path)
+    before = {name: weight.clone() for name, weight in run.learner.named_parameters()}
+    monkeypatch.setattr(
+        run.learner,
+        "training_step",
+        lambda *_: math.inf * torch.stack([w.sum() for w in run.learner.parameters()]).sum(),
+    )
+    one_step(run)
+    assert run.skipped == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in run.learner.named_parameters())
 
 
 @pytest.mark.parametrize("learner", [ProtoNetConfig(), MAMLConfig(normalization="running"), ReptileConfig()])
@@ -432,6 +503,13 @@ def test_reptile_moves_by_its_pseudo_gradient(blobs: str, tmp_path: Path) -> Non
     before = run.learner.state_dict()["model.head.weight"].clone()
     finish(run)
     assert not torch.equal(run.learner.state_dict()["model.head.weight"], before)
+
+
+def test_a_file_of_recipes_needs_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from learnedopt.fewshot import *\nRECIPES = []\n")
+    with pytest.raises(ValueError, match=r"say which recipe of .*mine\.py is meant, as .*mine\.py:NAME"):
+        load_fewshot_recipe(str(file))
 
 
 def test_every_recipe_can_be_built() -> None:

@@ -189,6 +189,17 @@ def test_a_folder_with_another_run_is_refused_and_not_touched(other: Recipe, mes
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", "[1]"), ("config.json", '{"recipe": "other"}'), ("config.json", "no JSON"), ("log.jsonl", "mine")],
+)
+def test_files_that_are_not_a_runs_stay_as_they_are(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"has a {name} that is not of a run of tiny: choose another folder"):
+        MetaTrainingRun(recipe(), tmp_path)
+    assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "foreign"])
 def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     stop_by_time(MetaTrainingRun(recipe(), tmp_path))
