@@ -10,15 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fewshot import SINUSOID, TABLES, Table, image_table, on_features, runs, sinusoid_table, summary
+from benchmarks.fewshot import (
+    SINUSOID,
+    TABLES,
+    Row,
+    Table,
+    image_results,
+    image_table,
+    on_features,
+    runs,
+    sinusoid_table,
+    summary,
+)
 from learnedopt.fewshot import (
     DATASETS,
     LEARNERS,
     ClassSet,
     Conv4,
+    EpisodeList,
+    EpisodeShape,
     Evaluation,
+    FewShotRecipe,
     FewShotRun,
     FewShotTask,
+    FewShotTrainConfig,
     LearnerShape,
     evaluate,
     load_recipes,
@@ -26,7 +41,8 @@ from learnedopt.fewshot import (
 )
 from learnedopt.fewshot.datasets import split_names
 from learnedopt.fewshot.episodes import PARTS
-from learnedopt.fewshot.learners import MAMLConfig, MatchingConfig, ProtoNetConfig
+from learnedopt.fewshot.learners import FinetuneConfig, MAMLConfig, MatchingConfig, ProtoNetConfig
+from learnedopt.fewshot.learners.finetune import Finetune
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "fewshot.md").read_text()
@@ -109,6 +125,32 @@ def test_runs_are_found_with_the_seed_and_the_steps_that_they_were_begun_with(
     )
     ((name, seed, run),) = runs(Namespace(runs=tmp_path, recipe=[], root=None))
     assert (name, seed, run.recipe.training.steps, run.finished) == ("sinusoid-maml", 3, 2, True)
+
+
+def test_what_is_left_to_validation_is_chosen_for_every_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And on validation classes: their rate is another where there are more ways, or more shots."""
+    chosen_on: list[tuple[str, int, int, int]] = []
+
+    def choose(self: Finetune, episodes: EpisodeList) -> dict[str, float]:
+        task = episodes.task
+        chosen_on.append((task.classes.name, task.ways, task.shots, len(episodes)))
+        return {}
+
+    monkeypatch.setattr(Finetune, "choose_settings", choose)
+    shape = EpisodeShape(5, 1, 2)
+    learner, training = FinetuneConfig(steps=1), FewShotTrainConfig(1, validation_episodes=2)
+    recipe = FewShotRecipe("tiny", "", "glyphs", learner, Conv4(width=2), shape, shape, training)
+    run = FewShotRun(recipe, tmp_path)
+    assert len(list(run.run())) == 1
+    table = Table("", "", ((5, 1), (10, 2)), (Row("fine-tuning", {(5, 1): "tiny", (10, 2): "tiny"}),))
+    monkeypatch.setattr("benchmarks.fewshot.TABLES", {"": table})
+    chosen_on.clear()
+    arguments = Namespace(root=None, ways=[5, 10], shots=[1, 2], episodes=2)
+    found = [(label, setting, result.n) for label, setting, result in image_results(run, arguments)]
+    assert found == [("fine-tuning", "5-way 1-shot", 2), ("fine-tuning", "10-way 2-shot", 2)]
+    assert chosen_on[-2:] == [("glyphs/validation", 5, 1, 30), ("glyphs/validation", 10, 2, 15)]
 
 
 @pytest.mark.parametrize("config", [ProtoNetConfig(), MatchingConfig(full_context=True)])
