@@ -392,7 +392,7 @@ def image_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator[tu
                 episodes = FewShotTask(images, ways, shots, 15).frozen(arguments.episodes)
                 # What a method leaves to validation is chosen for each setting apart, on equally many queries.
                 chosen = learner.with_config()
-                chosen.choose_settings(FewShotTask(validation, ways, shots, 5).frozen(150 // ways))
+                chosen.choose_settings(FewShotTask(validation, ways, shots, 5).frozen(500 // ways))
                 yield row.label, f"{ways}-way {shots}-shot", evaluate(chosen, episodes)
 
 

@@ -150,7 +150,7 @@ def test_what_is_left_to_validation_is_chosen_for_every_setting(
     arguments = Namespace(root=None, ways=[5, 10], shots=[1, 2], episodes=2)
     found = [(label, setting, result.n) for label, setting, result in image_results(run, arguments)]
     assert found == [("fine-tuning", "5-way 1-shot", 2), ("fine-tuning", "10-way 2-shot", 2)]
-    assert chosen_on[-2:] == [("glyphs/validation", 5, 1, 30), ("glyphs/validation", 10, 2, 15)]
+    assert chosen_on[-2:] == [("glyphs/validation", 5, 1, 100), ("glyphs/validation", 10, 2, 50)]
 
 
 @pytest.mark.parametrize("config", [ProtoNetConfig(), MatchingConfig(full_context=True)])
