@@ -99,7 +99,8 @@ _MAML = ("98.7 ± 0.4", "99.9 ± 0.1", "95.8 ± 0.3", "98.9 ± 0.2")
 _MAML_AGAIN = ("99.1, 98.1", "", "91.6", "95.9")
 _REPTILE = {(ways, shots): f"omniglot-reptile-{ways}way" for ways, shots in OMNIGLOT_SETTINGS}
 _BASELINES = ("baseline-finetune", "baseline-nearest-neighbour")
-# A method is to be above the baselines as they are usually run, and as they are under the statistics that it uses.
+# A method is to be above the baselines as they are usually run, and as they are under the statistics that it uses. In
+# the order of the columns of ``comparison``.
 _ABOVE = (*_BASELINES, *(f"{label}, by the support set" for label in _BASELINES))
 _ABOVE_TRANSDUCTIVE = (*_BASELINES, *(f"{label}, transductive" for label in _BASELINES))
 
@@ -527,27 +528,33 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
 
 
 def comparison(table: Table, results: dict[str, Any]) -> list[str]:
-    """What each row that should be above others is above them by, on the same episodes."""
+    """What each row that should be above the baselines is above them by, on the same episodes."""
     rows = {row.label: row for row in table.rows}
+    columns = (*_BASELINES, *(f"{label}, same statistics" for label in _BASELINES))
     head = [
         "",
-        "Differences on the same episodes, between the first training seeds, with the 95 % interval of the mean "
-        "difference:",
+        "Differences to the baselines on the same episodes, between the first training seeds, with the 95 % interval of "
+        "the mean difference. *Same statistics*: the baseline's batch normalization uses those of the method, the "
+        "support set's or all queries'.",
         "",
-        "| method | setting | beside | difference |",
-        "|---|---|---|--:|",
+        f"| method | setting | {' | '.join(columns)} |",
+        "|---|---|" + "--:|" * len(columns),
     ]
     lines = []
-    for row in table.rows:
-        for (ways, shots), label in product(table.settings, row.above):
-            ours, theirs = (_judged(_entries(results, one, ways, shots)) for one in (row, rows[label]))
-            if ours and theirs:
-                both = min(ours.n, theirs.n)  # a longer list begins with the shorter one
-                ours, theirs = (replace(one, values=one.values[:both]) for one in (ours, theirs))
-                mean, ci95 = ours.difference(theirs)
-                figures = f"{100 * mean:+.2f} ± {100 * ci95:.2f}"
-                lines.append(f"| {row.label} | {ways}-way {shots}-shot | {label} | {figures} |")
+    for row, (ways, shots) in product(table.rows, table.settings):
+        ours = _judged(_entries(results, row, ways, shots))
+        rivals = [_judged(_entries(results, rows[label], ways, shots)) for label in row.above]
+        if ours and any(rivals):
+            cells = [_difference(ours, rival) if rival else "" for rival in rivals]
+            lines.append(f"| {row.label} | {ways}-way {shots}-shot | {' | '.join(cells)} |")
     return head + lines if lines else []
+
+
+def _difference(ours: Evaluation, theirs: Evaluation) -> str:
+    both = min(ours.n, theirs.n)  # a longer list begins with the shorter one
+    ours, theirs = (replace(one, values=one.values[:both]) for one in (ours, theirs))
+    mean, ci95 = ours.difference(theirs)
+    return f"{100 * mean:+.2f} ± {100 * ci95:.2f}"
 
 
 def _entries(results: dict[str, Any], row: Row, ways: int, shots: int) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ def test_tables_hold_what_was_measured_and_what_is_missing(monkeypatch: pytest.M
     assert "| MAML, transductive | 5-way 1-shot | 98.00 ± 1.96, sd 1.41 (2 seeds) | 0.10 | yes | 98.7 ± 0.4 |" in table
     assert "| meta-LSTM | 5-way 1-shot | 97.00 ± 1.96 | 0.50 | yes |" in table, "below the baseline"
     assert "| baseline-finetune | 5-way 1-shot | 97.50 ± 1.96 |  | yes |" in table
-    assert "| meta-LSTM | 5-way 1-shot | baseline-finetune | -2.00 ± 0.00 |" in table, "on the same two episodes"
+    assert "| meta-LSTM | 5-way 1-shot | -2.00 ± 0.00 |  |  |  |" in table, "on the same two episodes"
     assert "train omniglot-maml-5way-1shot --root DIR --steps" in table
     assert " omniglot-meta-lstm-5way-1shot " in table, "short, and to be gone on with"
     assert "| MAML, transductive | 5-way 5-shot | not trained yet |" in table and " omniglot-maml-5way-5shot " in table
