@@ -533,8 +533,8 @@ def comparison(table: Table, results: dict[str, Any]) -> list[str]:
     columns = (*_BASELINES, *(f"{label}, same statistics" for label in _BASELINES))
     head = [
         "",
-        "Differences to the baselines on the same episodes, between the first training seeds, with the 95 % interval of "
-        "the mean difference. *Same statistics*: the baseline's batch normalization uses those of the method, the "
+        "Differences to the baselines on the same episodes, between the first training seeds, with the 95 % interval "
+        "of the mean difference. *Same statistics*: the baseline's batch normalization uses those of the method, the "
         "support set's or all queries'.",
         "",
         f"| method | setting | {' | '.join(columns)} |",
