@@ -1,10 +1,9 @@
 """Learners on mini-ImageNet, in the split of Ravi and Larochelle: the methods of their table, and MAML.
 
 Networks of 32 channels, as the meta-LSTM's; the prototypical network also with the 64 it was published with. That of
-32, pretraining and what begins with it are what one core does in ten minutes to half an hour, with a
-learning rate that falls to zero along a cosine. The others have the published counts, days on two cores, to be stopped
-at any time; ``--steps`` makes any of them shorter. ``benchmarks/results/fewshot_mini_imagenet.md`` says how far each
-has come.
+32, pretraining and what begins with it are what one core does in ten minutes to half an hour, with a learning rate that
+falls to zero along a cosine. The others have the published counts, days on two cores, to be stopped at any time;
+``--steps`` makes any of them shorter. ``benchmarks/results/fewshot_mini_imagenet.md`` says how far each has come.
 """
 
 from dataclasses import replace
