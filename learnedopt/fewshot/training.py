@@ -350,8 +350,7 @@ class FewShotRun:
         """Take over a trained backbone; read-outs are for other classes.
 
         One of zeros takes the place of the read-out: it prefers no class, and does not make the first updates of an
-        inner loop move the features for the sake of random weights. Before any training, MAML's inner loop and the
-        meta-LSTM then have many points more than with a random one.
+        inner loop move the features for the sake of random weights.
         """
         entry, prefix = learner_info(name), "model.backbone."
         example = self.learner.shape.example_shape
