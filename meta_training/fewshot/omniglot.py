@@ -142,7 +142,9 @@ RECIPES = [
     recipe("protonet-1shot", "Prototypical network", ProtoNetConfig(), POOLED, (60, 1, 5), (20, 1), 6000, **FALLING),
     recipe("protonet-5shot", "Prototypical network", ProtoNetConfig(), POOLED, (60, 5, 5), (20, 5), 4000, **FALLING),
     # A quarter of the work, in the network of MAML, which can begin with it.
-    recipe("protonet-strided", "Prototypical network", ProtoNetConfig(), STRIDED, (60, 1, 5), (20, 1), 5000, **FALLING),
+    recipe(
+        "protonet-strided", "Prototypical network", ProtoNetConfig(), STRIDED, (60, 1, 5), (20, 1), 20000, **FALLING
+    ),
     # Trained on labelled images; episodes are for validation alone.
     replace(
         recipe("finetune", "", FinetuneConfig(), STRIDED, (5, 1, 5), (5, 1), 8000, **PRETRAINING),
