@@ -151,7 +151,7 @@ class Learner(nn.Module, ABC):
     config: LearnerConfig
     progress: Tensor
     classification_only: ClassVar[bool] = False
-    any_ways: ClassVar[bool] = False
+    any_ways: bool = False
     """Whether episodes may have other ways than the learner was made for."""
     shares_weights: ClassVar[bool] = False
     """Whether no weights become an episode's own."""

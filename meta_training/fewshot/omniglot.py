@@ -188,6 +188,22 @@ RECIPES = [
         clip_norm=1.0,
         **PRETRAINED,
     ),
+    # Longer, and for any number of ways.
+    *(
+        recipe(
+            f"meta-lstm-head-{shots}shot",
+            "Meta-LSTM of the read-out",
+            MetaLSTMLearnerConfig(adapted="head", readout="shared", steps=steps, rule=OPEN),
+            STRIDED,
+            (20, shots, 5),
+            (20, shots),
+            10000,
+            4,
+            clip_norm=1.0,
+            **PRETRAINED,
+        )
+        for shots, steps in ((1, 12), (5, 8))
+    ),
     # For where a query must not see the others: trained as it is judged, by the batch statistics of the support set.
     recipe(
         "meta-lstm-head-support-5way-1shot",

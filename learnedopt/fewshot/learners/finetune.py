@@ -42,6 +42,8 @@ class FinetuneConfig(InnerLoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "learning_rate", "batch_size")
+        if self.readout != "per_class":
+            raise ValueError("fine-tuning begins with a read-out of zeros for every class: readout must be 'per_class'")
         if not 0 <= self.decay < float("inf"):
             raise ValueError(f"decay must be finite and not negative, got {self.decay}")
 

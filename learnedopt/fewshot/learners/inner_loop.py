@@ -39,10 +39,14 @@ class InnerLoopConfig(LearnerConfig):
     ``"running"`` and training is over; queries get theirs as ``normalization`` says.
     """
 
-    built_in: ClassVar[frozenset[str]] = frozenset({"adapted"})
+    built_in: ClassVar[frozenset[str]] = frozenset({"adapted", "readout"})
     adapted: Literal["all", "all_but_norm", "head"] = "all"
     """Which parameters are adapted: all; all but those of batch normalization, as in MAML's code; the read-out only.
     The others are meta-learned and shared by all episodes."""
+    readout: Literal["per_class", "shared"] = "per_class"
+    """What the read-out begins with: a row of weights for each class, as published; or one row that all classes share.
+    With that the order of classes makes no difference, and episodes may have any number of ways, also others in tests
+    than in training (Ye & Chao 2022, "How to train your MAML to excel in few-shot classification", section 6)."""
     steps: int = 1
     """Updates in training."""
     test_steps: int | None = None
@@ -55,6 +59,7 @@ class InnerLoopConfig(LearnerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("adapted", self.adapted, ("all", "all_but_norm", "head"))
+        check_choice("readout", self.readout, ("per_class", "shared"))
         check_choice("inner_loss", self.inner_loss, ("mean", "sum_over_classes"))
         check_positive(self, "steps")
         if self.test_steps is not None:
@@ -111,6 +116,10 @@ class InnerLoopLearner(Learner):
         outputs: int | None = None,
     ) -> None:
         super().__init__(config, shape)
+        if config.readout == "shared":
+            if shape.ways is None:
+                raise ValueError("in regression there are no classes to share a read-out: take readout='per_class'")
+            outputs, self.any_ways = 1, True
         features = feature_size(backbone, shape.example_shape)
         track = config.normalization == "running" if track is None else track
         head = nn.Linear(features, outputs or shape.ways or shape.outputs)
@@ -143,7 +152,11 @@ class InnerLoopLearner(Learner):
 
     def initial(self, episodes: int, ways: int | None) -> Params:
         """Where adaptation starts."""
-        own = dict(self.model.named_parameters())
+        own: Params = dict(self.model.named_parameters())
+        if self.config.readout == "shared" and ways is not None:
+            own |= {
+                f"head.{name}": row.expand(ways, *row.shape[1:]) for name, row in self.model.head.named_parameters()
+            }
         found = {name: own[name].expand(episodes, *own[name].shape) for name in self.adapted_names}
         return found if self.differentiable else {name: value.detach() for name, value in found.items()}
 

@@ -92,8 +92,7 @@ class MetaLSTMLearner(InnerLoopLearner):
 
         Parameters that are not adapted are not in it.
         """
-        own = dict(self.model.named_parameters())
-        start = [own[name].detach() for name in self.adapted_names]
+        start = [value[0].detach() for value in self.initial(1, self.shape.ways).values()]
         rule = MetaLSTMRule(replace(self.config.rule, learner_shapes=tuple(tuple(value.shape) for value in start)))
         rule = rule.to(start[0])
         rule.load_state_dict(

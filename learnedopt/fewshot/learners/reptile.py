@@ -48,6 +48,8 @@ class ReptileConfig(InnerLoopConfig):
             raise ValueError(f"beta2 must be at least 0 and below 1, got {self.beta2}")
         if self.adapted != "all":
             raise ValueError("Reptile learns only what it adapts: adapted must be 'all'")
+        if self.readout != "per_class":
+            raise ValueError("Reptile moves towards adapted weights, of one class each: readout must be 'per_class'")
 
     def make(self, backbone: nn.Module, shape: LearnerShape) -> Reptile:
         return Reptile(self, backbone, shape)
