@@ -156,6 +156,17 @@ OMNIGLOT = (
         above=_ABOVE_TRANSDUCTIVE,
     ),
     Row(
+        "meta-LSTM of the read-out, for any ways, pretrained",
+        _by_shots("omniglot-meta-lstm-head", OMNIGLOT_SETTINGS),
+        above=_ABOVE,
+        changes={"normalization": "support"},
+    ),
+    Row(
+        "meta-LSTM of the read-out, for any ways, pretrained, transductive",
+        _by_shots("omniglot-meta-lstm-head", OMNIGLOT_SETTINGS),
+        above=_ABOVE_TRANSDUCTIVE,
+    ),
+    Row(
         "prototypical networks",
         _by_shots("omniglot-protonet", OMNIGLOT_SETTINGS),
         ("98.8", "99.7", "96.0", "98.9"),
@@ -167,8 +178,15 @@ OMNIGLOT = (
         dict.fromkeys(((5, 5), (20, 5)), "omniglot-protonet-1shot"),
         targets=(None, 99.6, None, 98.6),
     ),
+    Row(
+        "prototypical networks, with strides, trained 1-shot",
+        _all("omniglot-protonet-strided"),
+        targets=(98.4, 99.6, 94.9, 98.6),
+    ),
     Row("MAML, transductive", _each("omniglot-maml"), _MAML, _MAML_AGAIN, _MAML_TARGETS),
     Row("MAML", _each("omniglot-maml"), changes={"normalization": "support"}),
+    Row("MAML, pretrained, transductive", _each("omniglot-maml-pretrained"), targets=_MAML_TARGETS),
+    Row("MAML, pretrained", _each("omniglot-maml-pretrained"), changes={"normalization": "support"}),
     Row(
         "first-order MAML, transductive",
         _each("omniglot-fomaml"),
