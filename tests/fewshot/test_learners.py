@@ -44,6 +44,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("maml_pp", {"learned_rates": False, "per_step_norm_weights": False, "per_step_norm_statistics": False}),
     ("meta_lstm", {"first_order": False, "steps": 3}),
     ("finetune", {"adapted": "head"}),
+    ("meta_lstm", {"adapted": "head", "readout": "shared"}),
+    ("meta_sgd", {"readout": "shared"}),
+    ("maml_pp", {"readout": "shared"}),
 ]
 
 

@@ -40,7 +40,9 @@ def plain(learner: Learner) -> nn.Sequential:
     assert isinstance(learner, InnerLoopLearner)
     head = learner.model.head
     assert isinstance(head, nn.Linear)
-    network = nn.Sequential(backbone(bool(batch_norms(learner.model))), nn.Linear(*head.weight.shape[::-1])).double()
+    network = nn.Sequential(
+        backbone(bool(batch_norms(learner.model))), nn.Linear(head.in_features, learner.shape.ways or 1)
+    ).double()
     own = dict(learner.model.named_parameters())
     names = {"0": "backbone", "1": "head"}
     with torch.no_grad():
@@ -62,6 +64,7 @@ SECOND_ORDER: list[tuple[str, dict[str, Any]]] = [
     ("maml", {"steps": 2, "adapted": "all", "normalization": "support"}),
     ("maml", {"steps": 2, "normalization": "transductive", "episodes_at_once": 1}),
     ("anil", {"steps": 2}),
+    ("anil", {"steps": 2, "readout": "shared"}),
     ("meta_sgd", {"steps": 2, "initial_rates": (0.1, 0.5)}),
     ("maml_pp", {"steps": 2, "multi_step_loss": 1.0}),
     ("maml_pp", {"steps": 2, "learned_rates": False, "per_step_norm_weights": False}),
@@ -124,6 +127,61 @@ def test_the_sum_over_classes_is_a_larger_rate() -> None:
     assert torch.equal(*losses)
 
 
+@pytest.mark.parametrize("kind", ["maml", "anil", "meta_lstm"])
+def test_a_shared_readout_is_equal_rows(kind: str) -> None:
+    """The same predictions, and the gradient of its one row the sum of theirs."""
+    some = episodes()
+    shared, rows = make(kind, readout="shared"), make(kind)
+    weights = shared.state_dict()
+    rows.load_state_dict(
+        {
+            name: weights[name].expand_as(value) if name.startswith("model.head.") else weights[name]
+            for name, value in rows.state_dict().items()
+        }
+    )
+    predictions = [learner.fit(some.support_x, some.support_y).predict(some.query_x) for learner in (shared, rows)]
+    torch.testing.assert_close(*predictions)
+    gradients = []
+    for learner in (shared, rows):
+        learner.meta_loss(some).backward()
+        gradients.append(
+            {
+                name: weight.grad.sum(0, keepdim=True) if name.startswith("model.head.") else weight.grad
+                for name, weight in learner.named_parameters()
+                if weight.grad is not None
+            }
+        )
+    assert gradients[0]["model.head.weight"].any()
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["maml", "anil", "meta_sgd", "maml_pp", "meta_lstm"])
+def test_a_shared_readout_takes_episodes_of_any_ways(kind: str) -> None:
+    learner = make(kind, readout="shared").eval()
+    for ways in (2, 5):
+        some = episodes(ways=ways)
+        made_for_them = make(kind, readout="shared", ways=ways).eval()
+        made_for_them.load_state_dict(learner.state_dict())
+        predictions = learner.fit(some.support_x, some.support_y).predict(some.query_x)
+        assert predictions.shape[-1] == ways
+        assert torch.equal(predictions, made_for_them.fit(some.support_x, some.support_y).predict(some.query_x))
+        assert torch.equal(learner.meta_loss(some), made_for_them.meta_loss(some))
+    with pytest.raises(ValueError, match="was made for 3 ways, and the episodes have 5: build it with ways=5"):
+        make(kind).meta_loss(episodes(ways=5))
+
+
+def test_a_shared_readout_is_refused_where_it_means_nothing() -> None:
+    for kind in ("finetune", "reptile"):
+        with pytest.raises(ValueError, match="readout must be 'per_class'"):
+            LEARNERS[kind](readout="shared")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="no classes to share a read-out"):
+        make("maml", ways=None, readout="shared")
+    with pytest.raises(ValueError, match="readout of a maml cannot change once it is built"):
+        make("maml").with_config(readout="shared")
+    with pytest.raises(ValueError, match="readout must be one of"):
+        MAMLConfig(readout="both")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("adapted", "count"),
     [("all", 6), ("all_but_norm", 4), ("head", 2)],
@@ -159,9 +217,11 @@ def test_equal_rates_make_meta_sgd_maml() -> None:
 
 @pytest.mark.parametrize("steps", [12, 5])
 @pytest.mark.parametrize("feedback", ["gate", "preactivation"])
-def test_the_meta_lstm_updates_as_its_optimizer_does(steps: int, feedback: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("readout", ["per_class", "shared"])
+def test_the_meta_lstm_updates_as_its_optimizer_does(steps: int, feedback: str, readout: str, tmp_path: Any) -> None:
     """``MetaLSTMOptimizer`` in a plain training loop arrives where ``fit`` does, also by way of the zoo."""
-    config = MetaLSTMLearnerConfig(steps=steps, rule=MetaLSTMConfig(gate_feedback=feedback, gradient_divisor=2.0))  # type: ignore[arg-type]
+    rule = MetaLSTMConfig(gate_feedback=feedback, gradient_divisor=2.0)  # type: ignore[arg-type]
+    config = MetaLSTMLearnerConfig(steps=steps, readout=readout, rule=rule)  # type: ignore[arg-type]
     learner = config.build(backbone(), LearnerShape((4,), 3), generator()).eval()
     assert isinstance(learner, MetaLSTMLearner)
     draws = generator(5)
