@@ -40,6 +40,7 @@ def plain(learner: Learner) -> nn.Sequential:
     assert isinstance(learner, InnerLoopLearner)
     head = learner.model.head
     assert isinstance(head, nn.Linear)
+    outputs = max(head.out_features, learner.shape.ways or 1)  # a shared row is copied to all
     network = nn.Sequential(
         backbone(bool(batch_norms(learner.model))), nn.Linear(head.in_features, learner.shape.ways or 1)
     ).double()
