@@ -41,9 +41,7 @@ def plain(learner: Learner) -> nn.Sequential:
     head = learner.model.head
     assert isinstance(head, nn.Linear)
     outputs = max(head.out_features, learner.shape.ways or 1)  # a shared row is copied to all
-    network = nn.Sequential(
-        backbone(bool(batch_norms(learner.model))), nn.Linear(head.in_features, learner.shape.ways or 1)
-    ).double()
+    network = nn.Sequential(backbone(bool(batch_norms(learner.model))), nn.Linear(head.in_features, outputs)).double()
     own = dict(learner.model.named_parameters())
     names = {"0": "backbone", "1": "head"}
     with torch.no_grad():
