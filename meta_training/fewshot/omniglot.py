@@ -156,10 +156,13 @@ RECIPES = [
     recipe(
         "protonet-strided", "Prototypical network", ProtoNetConfig(), STRIDED, (60, 1, 5), (20, 1), 20000, **FALLING
     ),
-    # Trained on labelled images; episodes are for validation alone.
-    replace(
-        recipe("finetune", "", FinetuneConfig(), STRIDED, (5, 1, 5), (5, 1), 8000, **PRETRAINING),
-        description="Network for Omniglot, trained to tell all training classes apart",
+    # Trained on labelled images; episodes are for validation alone. The longer one is for the baselines at their best.
+    *(
+        replace(
+            recipe(name, "", FinetuneConfig(), STRIDED, (5, 1, 5), (5, 1), steps, **PRETRAINING),
+            description="Network for Omniglot, trained to tell all training classes apart",
+        )
+        for name, steps in (("finetune", 8000), ("finetune-long", 40000))
     ),
     *(recipe(f"matching-{k}shot", "Matching network", MATCHING, STRIDED, (20, k, 5), (20, k), 40000) for k in (1, 5)),
     *family("maml", "MAML", maml(first_order=False), STRIDED, 5, 2500, 8, **SHORT),
