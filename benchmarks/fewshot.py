@@ -166,6 +166,17 @@ OMNIGLOT = (
         above=_ABOVE_TRANSDUCTIVE,
     ),
     Row(
+        "meta-LSTM, for any ways, pretrained",
+        _by_shots("omniglot-meta-lstm", OMNIGLOT_SETTINGS),
+        above=_ABOVE,
+        changes={"normalization": "support"},
+    ),
+    Row(
+        "meta-LSTM, for any ways, pretrained, transductive",
+        _by_shots("omniglot-meta-lstm", OMNIGLOT_SETTINGS),
+        above=_ABOVE_TRANSDUCTIVE,
+    ),
+    Row(
         "meta-LSTM of the read-out, for any ways, pretrained",
         _by_shots("omniglot-meta-lstm-head", OMNIGLOT_SETTINGS),
         above=_ABOVE,

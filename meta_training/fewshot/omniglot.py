@@ -222,6 +222,22 @@ RECIPES = [
         )
         for shots, steps in ((1, 12), (5, 8))
     ),
+    # All parameters, after the read-out alone has been trained so.
+    *(
+        recipe(
+            f"meta-lstm-{shots}shot",
+            "Meta-LSTM",
+            MetaLSTMLearnerConfig(readout="shared", steps=steps, rule=AJAR[20]),
+            STRIDED,
+            (20, shots, 5),
+            (20, shots),
+            500,
+            2,
+            clip_norm=1.0,
+            **(WHOLE | {"start": f"omniglot-meta-lstm-head-{shots}shot"}),
+        )
+        for shots, steps in ((1, 12), (5, 5))
+    ),
     # For where a query must not see the others: trained as it is judged, by the batch statistics of the support set.
     recipe(
         "meta-lstm-head-support-5way-1shot",
