@@ -149,41 +149,23 @@ OMNIGLOT = (
     Row("meta-LSTM, transductive", _each("omniglot-meta-lstm"), above=_ABOVE_TRANSDUCTIVE),
     Row(
         "meta-LSTM, pretrained",
-        _each("omniglot-meta-lstm-pretrained"),
+        _by_shots("omniglot-meta-lstm", OMNIGLOT_SETTINGS),
         above=_ABOVE,
         changes={"normalization": "support"},
     ),
-    Row("meta-LSTM, pretrained, transductive", _each("omniglot-meta-lstm-pretrained"), above=_ABOVE_TRANSDUCTIVE),
+    Row(
+        "meta-LSTM, pretrained, transductive",
+        _by_shots("omniglot-meta-lstm", OMNIGLOT_SETTINGS),
+        above=_ABOVE_TRANSDUCTIVE,
+    ),
     Row(
         "meta-LSTM of the read-out, pretrained",
-        _each("omniglot-meta-lstm-head") | {(5, 1): "omniglot-meta-lstm-head-support-5way-1shot"},
-        above=_ABOVE,
-        changes={"normalization": "support"},
-    ),
-    Row(
-        "meta-LSTM of the read-out, pretrained, transductive",
-        _each("omniglot-meta-lstm-head"),
-        above=_ABOVE_TRANSDUCTIVE,
-    ),
-    Row(
-        "meta-LSTM, for any ways, pretrained",
-        _by_shots("omniglot-meta-lstm", OMNIGLOT_SETTINGS),
-        above=_ABOVE,
-        changes={"normalization": "support"},
-    ),
-    Row(
-        "meta-LSTM, for any ways, pretrained, transductive",
-        _by_shots("omniglot-meta-lstm", OMNIGLOT_SETTINGS),
-        above=_ABOVE_TRANSDUCTIVE,
-    ),
-    Row(
-        "meta-LSTM of the read-out, for any ways, pretrained",
         _by_shots("omniglot-meta-lstm-head", OMNIGLOT_SETTINGS),
         above=_ABOVE,
         changes={"normalization": "support"},
     ),
     Row(
-        "meta-LSTM of the read-out, for any ways, pretrained, transductive",
+        "meta-LSTM of the read-out, pretrained, transductive",
         _by_shots("omniglot-meta-lstm-head", OMNIGLOT_SETTINGS),
         above=_ABOVE_TRANSDUCTIVE,
     ),

@@ -46,7 +46,8 @@ class InnerLoopConfig(LearnerConfig):
     readout: Literal["per_class", "shared"] = "per_class"
     """What the read-out begins with: a row of weights for each class, as published; or one row that all classes share.
     With that the order of classes makes no difference, and episodes may have any number of ways, also others in tests
-    than in training (Ye & Chao 2022, "How to train your MAML to excel in few-shot classification", section 6)."""
+    than in training (Ye & Chao, "How to train your MAML to excel in few-shot classification", ICLR 2022,
+    arXiv:2106.16245)."""
     steps: int = 1
     """Updates in training."""
     test_steps: int | None = None
