@@ -123,10 +123,10 @@ PRETRAINING: dict[str, Any] = FALLING | {"validate_every": 8000, "validation_epi
 PRETRAINED: dict[str, Any] = FALLING | {"learning_rate": 1e-3, "validate_every": 500, "start": "omniglot-finetune"}
 # An input gate that starts near 0.4; the published start near 0.01 is for runs of 75000 episodes.
 OPEN = MetaLSTMConfig(input_bias=(-1.0, 0.0))
-# All parameters of a pretrained network are adapted well before any training if the gate starts near 0.2, and large
-# steps of training ruin that.
+# With features that the read-out's training has made, all parameters are adapted well before any further training if
+# the gate starts near 0.2 (94.0 % and 97.7 % in validation on 20 ways, 1 shot and 5), and large steps ruin that.
 AJAR = MetaLSTMConfig(input_bias=(-2.0, -1.0))
-WHOLE: dict[str, Any] = PRETRAINED | {"learning_rate": 1e-4, "validate_every": 100}
+WHOLE: dict[str, Any] = PRETRAINED | {"learning_rate": 3e-5, "validate_every": 50}
 SHORT: dict[str, Any] = FALLING | {"learning_rate": 5e-3, "validate_every": 500}
 COMPARING = "omniglot-protonet-strided"
 # On five ways it is good before any training already, on twenty it is not.
@@ -206,7 +206,7 @@ RECIPES = [
             STRIDED,
             (20, shots, 5),
             (20, shots),
-            500,
+            200,
             2,
             clip_norm=1.0,
             **(WHOLE | {"start": f"omniglot-meta-lstm-head-{shots}shot"}),
