@@ -41,7 +41,7 @@ from learnedopt.fewshot import (
     load_classes,
     load_recipes,
 )
-from learnedopt.fewshot.learners import NearestNeighbourConfig
+from learnedopt.fewshot.learners import FinetuneConfig, NearestNeighbourConfig
 from learnedopt.fewshot.learners.embedding import EmbeddingLearner
 
 RESULTS = Path(__file__).parent / "results"
@@ -168,6 +168,18 @@ OMNIGLOT = (
         "meta-LSTM of the read-out, pretrained, transductive",
         _by_shots("omniglot-meta-lstm-head", OMNIGLOT_SETTINGS),
         above=_ABOVE_TRANSDUCTIVE,
+    ),
+    *(
+        Row(
+            f"{label}, {how}, with the meta-LSTM's features",
+            _by_shots("omniglot-meta-lstm-head", OMNIGLOT_SETTINGS),
+            learner=learner,
+        )
+        for label, how, learner in (
+            (_BASELINES[0], "transductive", FinetuneConfig(normalization="transductive")),
+            (_BASELINES[1], "by the support set", NearestNeighbourConfig(normalization="support")),
+            (_BASELINES[1], "transductive", NearestNeighbourConfig(normalization="transductive")),
+        )
     ),
     Row(
         "prototypical networks",
@@ -407,7 +419,7 @@ def image_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator[tu
     for row in (row for table in TABLES.values() for row in table.rows):
         if run.recipe.name not in row.recipes.values():
             continue
-        learner, images = on_features(_as_row(row, run, best), classes)
+        learner, images = on_features(as_row(row, run, best), classes)
         for (ways, shots), name in row.recipes.items():
             if name == run.recipe.name and ways in arguments.ways and shots in arguments.shots:
                 check_frozen(FewShotTask(classes, ways, shots, 15))
@@ -435,11 +447,16 @@ def on_features(learner: Learner, classes: ClassSet) -> tuple[Learner, ClassSet]
     return bare, replace(classes, images=features)
 
 
-def _as_row(row: Row, run: FewShotRun, best: Learner) -> Learner:
+def as_row(row: Row, run: FewShotRun, best: Learner) -> Learner:
+    """The best learner of a run under the row's settings, or the row's method on its weights."""
     if row.learner is None:
         return best.with_config(**row.changes)
-    learner = row.learner.build(run.recipe.backbone, best.shape)
-    learner.load_state_dict(run.best_weights)
+    # The network alone, where the weights are of a method that has more, or another read-out.
+    learner = row.learner.build(run.recipe.backbone, best.shape).eval()
+    own = learner.state_dict()
+    shared = {name: value for name, value in run.best_weights.items() if name in own and own[name].shape == value.shape}
+    assert all(name in shared for name, _ in learner.named_parameters() if name.startswith("model.backbone."))
+    learner.load_state_dict(own | shared)
     return learner
 
 

@@ -15,6 +15,7 @@ from benchmarks.fewshot import (
     TABLES,
     Row,
     Table,
+    as_row,
     image_results,
     image_table,
     on_features,
@@ -41,7 +42,14 @@ from learnedopt.fewshot import (
 )
 from learnedopt.fewshot.datasets import split_names
 from learnedopt.fewshot.episodes import PARTS
-from learnedopt.fewshot.learners import FinetuneConfig, MAMLConfig, MatchingConfig, ProtoNetConfig
+from learnedopt.fewshot.learners import (
+    ANILConfig,
+    FinetuneConfig,
+    MAMLConfig,
+    MatchingConfig,
+    NearestNeighbourConfig,
+    ProtoNetConfig,
+)
 from learnedopt.fewshot.learners.finetune import Finetune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,3 +176,18 @@ def test_features_taken_once_give_the_same_accuracies(config: ProtoNetConfig | M
     assert learner.fit(torch.rand(3, 1, 16, 16), torch.arange(3)), "the learner itself is as it was"
     for other in (MAMLConfig().build(Conv4(width=4), learner.shape), learner.with_config(normalization="support")):
         assert on_features(other, classes) == (other, classes)
+
+
+def test_another_method_takes_over_the_network_of_a_run(tmp_path: Path) -> None:
+    """All of it where it has the same weights, else the backbone alone."""
+    shape = EpisodeShape(5, 1, 2)
+    training = FewShotTrainConfig(1, validation_episodes=2)
+    for config in (FinetuneConfig(steps=1), ANILConfig()):
+        recipe = FewShotRecipe(config.kind, "", "glyphs", config, Conv4(width=2), shape, shape, training)
+        run = FewShotRun(recipe, tmp_path / config.kind)
+        assert len(list(run.run())) == 1
+        row = Row("", {}, learner=NearestNeighbourConfig(normalization="support"))
+        theirs, ours = run.best_weights, as_row(row, run, run.best_learner()).state_dict()
+        taken = {name for name, value in ours.items() if name in theirs and torch.equal(value, theirs[name])}
+        assert taken >= {name for name in theirs if name.startswith("model.backbone.")}
+        assert ("model.head.weight" in taken) == (config.kind == "finetune")
