@@ -149,13 +149,13 @@ OMNIGLOT = (
     Row("meta-LSTM, transductive", _each("omniglot-meta-lstm"), above=_ABOVE_TRANSDUCTIVE),
     Row(
         "meta-LSTM, pretrained",
-        _by_shots("omniglot-meta-lstm", OMNIGLOT_SETTINGS),
+        _each("omniglot-meta-lstm-pretrained"),
         above=_ABOVE,
         changes={"normalization": "support"},
     ),
     Row(
         "meta-LSTM, pretrained, transductive",
-        _by_shots("omniglot-meta-lstm", OMNIGLOT_SETTINGS),
+        _each("omniglot-meta-lstm-pretrained"),
         above=_ABOVE_TRANSDUCTIVE,
     ),
     Row(
