@@ -72,7 +72,8 @@ COMPARED: dict[str, Any] = {
     "validate_every": 250,
     "start": "mini-imagenet-finetune",
 }
-OPEN, AJAR = MetaLSTMConfig(input_bias=(-1.0, 0.0)), MetaLSTMConfig(input_bias=(-3.0, -2.0))
+OPEN = MetaLSTMConfig(input_bias=(-1.0, 0.0))
+AJAR = {1: MetaLSTMConfig(input_bias=(-3.0, -2.0)), 5: MetaLSTMConfig(input_bias=(-4.0, -4.0))}
 
 
 def readout(steps: int) -> LearnerConfig:
@@ -80,9 +81,9 @@ def readout(steps: int) -> LearnerConfig:
     return MetaLSTMLearnerConfig(adapted="head", readout="shared", steps=steps, rule=OPEN)
 
 
-def whole(steps: int) -> LearnerConfig:
+def whole(shots: int) -> LearnerConfig:
     """The meta-LSTM of all parameters, for any number of ways."""
-    return MetaLSTMLearnerConfig(readout="shared", steps=steps, rule=AJAR)
+    return MetaLSTMLearnerConfig(readout="shared", steps=12 if shots == 1 else 5, rule=AJAR[shots])
 
 
 RECIPES = [
@@ -92,21 +93,21 @@ RECIPES = [
         description="Network for mini-ImageNet, trained to tell all training classes apart",
     ),
     *(
-        recipe(f"meta-lstm-head-{k}shot", "Meta-LSTM of the read-out", readout(steps), (20, k), 1500, 2, **READOUT)
-        for k, steps in ((1, 12), (5, 8))
+        recipe(f"meta-lstm-head-{k}shot", "Meta-LSTM of the read-out", readout(steps), (20, k), updates, 2, **READOUT)
+        for k, steps, updates in ((1, 12, 1500), (5, 8, 800))
     ),
     *(recipe(f"matching-{k}shot", "Matching network", MATCHING, (20, k), 2000, queries=5, **COMPARED) for k in (1, 5)),
     *(
         recipe(
             f"meta-lstm-pretrained-{k}shot",
             "Meta-LSTM",
-            whole(steps),
+            whole(k),
             (5, k),
             100,
             4,
             **(WHOLE | {"start": f"mini-imagenet-meta-lstm-head-{k}shot"}),
         )
-        for k, steps in ((1, 12), (5, 5))
+        for k in (1, 5)
     ),
     *(recipe(f"maml-pretrained-{k}shot", "MAML", MAML, (5, k), 100, 4, **WHOLE) for k in (1, 5)),
     recipe(

@@ -125,7 +125,7 @@ PRETRAINED: dict[str, Any] = FALLING | {"learning_rate": 1e-3, "validate_every":
 OPEN = MetaLSTMConfig(input_bias=(-1.0, 0.0))
 # With features that the read-out's training has made, all parameters are adapted well before any further training, if
 # the gate starts right (chosen on validation episodes), and large steps ruin that.
-AJAR = {(5, 1): (-3.0, -2.0), (5, 5): (-3.5, -2.5), (20, 1): (-3.0, -2.0), (20, 5): (-2.0, -1.0)}
+AJAR = {(5, 1): (-3.0, -2.0), (5, 5): (-3.5, -3.5), (20, 1): (-3.0, -2.0), (20, 5): (-2.0, -1.0)}
 WHOLE: dict[str, Any] = PRETRAINED | {"learning_rate": 3e-5, "validate_every": 50}
 
 
