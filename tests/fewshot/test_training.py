@@ -458,12 +458,17 @@ def test_every_shipped_learner_loads() -> None:
 # Accuracy on letters of fonts, which none has seen: 20 episodes of 5 ways, 1 shot. Chance is 0.2.
 ON_LETTERS = {
     "mini-imagenet-finetune": 0.42,
+    "mini-imagenet-meta-lstm-head-1shot": 0.46,
+    "mini-imagenet-meta-lstm-head-5shot": 0.48,
     "omniglot-finetune": 0.57,
     "omniglot-maml-5way-1shot": 0.75,
-    "omniglot-meta-lstm-5way-1shot": 0.67,
-    "omniglot-meta-lstm-head-5way-1shot": 0.73,
-    "omniglot-meta-lstm-head-5way-5shot": 0.66,
+    "omniglot-maml-pretrained-5way-1shot": 0.76,
+    "omniglot-meta-lstm-head-1shot": 0.64,
+    "omniglot-meta-lstm-head-5shot": 0.61,
+    "omniglot-meta-lstm-pretrained-5way-1shot": 0.71,
+    "omniglot-meta-lstm-pretrained-5way-5shot": 0.72,
     "omniglot-protonet-1shot": 0.89,
+    "omniglot-protonet-strided": 0.8,
 }
 
 
