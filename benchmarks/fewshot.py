@@ -504,9 +504,10 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
         f"Accuracy in per cent on 600 or more frozen test episodes: {table.about}; ± 95 % over episodes; sd: standard "
         "deviation over training seeds. *Transductive*: batch normalization saw all queries of an episode together. "
         "*Steps*: done of those that the run was begun for. *Seconds*: of training by the clock, on one core shared "
-        "with other programs. *Short by*: points below what is aimed at, the figure that independent code reproduces, "
-        "or for methods with one figure only, one point below that; for the meta-LSTM, the best of the baselines, as "
-        "they are usually run and by the same batch statistics. *Not trained yet*: or not judged yet.",
+        "with other programs; where a row is pretrained, without what it begins with. *Short by*: points below what is "
+        "aimed at, the figure that independent code reproduces, or for methods with one figure only, one point below "
+        "that; for the meta-LSTM, the best of the baselines, as they are usually run, by the same batch statistics, "
+        "and pretrained longer. *Not trained yet*: or not judged yet.",
         "",
         "| method | setting | here | short by | transductive | published | reproduced | steps | seconds |",
         "|---|---|--:|--:|---|--:|--:|--:|--:|",
