@@ -156,9 +156,16 @@ REPTILE_20 = ReptileConfig(learning_rate=5e-4, steps=10, batch_size=20, test_bat
 RECIPES = [
     recipe("protonet-1shot", "Prototypical network", ProtoNetConfig(), POOLED, (60, 1, 5), (20, 1), 6000, **FALLING),
     recipe("protonet-5shot", "Prototypical network", ProtoNetConfig(), POOLED, (60, 5, 5), (20, 5), 4000, **FALLING),
-    # A quarter of the work, in the network of MAML, which can begin with it.
+    # The network of MAML, which can begin with it.
     recipe(
-        "protonet-strided", "Prototypical network", ProtoNetConfig(), STRIDED, (60, 1, 5), (20, 1), 20000, **FALLING
+        "protonet-strided",
+        "Prototypical network with strides",
+        ProtoNetConfig(),
+        STRIDED,
+        (60, 1, 5),
+        (20, 1),
+        20000,
+        **FALLING,
     ),
     # Trained on labelled images; episodes are for validation alone. The longer one is for the baselines at their best.
     *(
