@@ -192,7 +192,7 @@ RECIPES = [
         clip_norm=1.0,
         **SHORT,
     ),
-    # For any number of ways. Five steps on five shots as published, and eight as the authors' code has it.
+    # For any number of ways. Twelve steps on one shot as published, eight on five as the authors' code has it.
     *(
         recipe(
             f"meta-lstm-head-{shots}shot",
