@@ -5,7 +5,9 @@
     python benchmarks/fewshot.py table
 
 ``train`` goes on with a recipe of ``meta_training/fewshot``, in ``runs/fewshot``; one run for each of ``--seeds``. Most
-recipes are short; ``--steps`` makes a longer run of one, in another folder (``--runs``) if there is one already.
+recipes are short; ``--steps`` makes a longer run of one, in another folder (``--runs``) if there is one already. A
+recipe that begins with a learner takes that of the zoo with seed 0; with another seed, the run of that seed if there
+is one.
 ``evaluate`` judges all runs that there are, by their best weights so far, on the frozen test episodes, and adds to
 ``benchmarks/results/fewshot.json`` (one entry per run and setting; others stay). ``table`` writes
 ``fewshot_omniglot.md``, ``fewshot_mini_imagenet.md`` and ``fewshot_sinusoid.md`` from it. Intervals are 95 % over
@@ -31,6 +33,7 @@ from learnedopt.fewshot import (
     ClassSet,
     EpisodeShape,
     Evaluation,
+    FewShotRecipe,
     FewShotRun,
     FewShotTask,
     Learner,
@@ -216,6 +219,10 @@ OMNIGLOT = (
         targets=(98.53, 98.93, None, None),
     ),
     Row("Meta-SGD", _each("omniglot-meta-sgd"), changes={"normalization": "support"}),
+    Row(
+        "Meta-SGD, pretrained, transductive", _each("omniglot-meta-sgd-pretrained"), targets=(98.53, 98.93, None, None)
+    ),
+    Row("Meta-SGD, pretrained", _each("omniglot-meta-sgd-pretrained"), changes={"normalization": "support"}),
     Row("ANIL, transductive", _each("omniglot-anil")),
     Row("ANIL", _each("omniglot-anil"), changes={"normalization": "support"}),
     Row(
@@ -226,6 +233,8 @@ OMNIGLOT = (
         (98.47, 98.93, 96.65, 98.33),
     ),
     Row("MAML++", _each("omniglot-maml-pp"), changes={"normalization": "support"}),
+    Row("MAML++, pretrained, transductive", _each("omniglot-maml-pp-pretrained"), targets=(98.47, 98.93, 96.65, 98.33)),
+    Row("MAML++, pretrained", _each("omniglot-maml-pp-pretrained"), changes={"normalization": "support"}),
     Row(
         "Reptile, transductive",
         _REPTILE,
@@ -343,6 +352,14 @@ SINUSOID_STEPS = (1, 5, 10)
 """Gradient steps in evaluation, of methods whose number may differ from training's."""
 
 
+def opened(folder: Path, recipe: FewShotRecipe, root: Path | None) -> FewShotRun:
+    """A run as its folder has it: its seed, its steps, and what it began with."""
+    settings = json.loads((folder / "config.json").read_text())
+    seed = int(folder.name.rpartition("-seed")[2])
+    training = replace(recipe.training, seed=seed, steps=settings["training"]["steps"])
+    return FewShotRun(replace(recipe, training=training, start=settings.get("start", "")), folder, root)
+
+
 def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, int, FewShotRun]]:
     """Every run in the folder, by recipe and seed."""
     recipes = load_recipes()
@@ -353,10 +370,7 @@ def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, int, FewShotRun]]
         if name not in recipes:
             print(f"{folder}: no recipe of this name any more", flush=True)
             continue
-        recipe = recipes[name]
-        steps = json.loads((folder / "config.json").read_text())["training"]["steps"]
-        training = replace(recipe.training, seed=int(seed), steps=steps)
-        yield name, int(seed), FewShotRun(replace(recipe, training=training), folder, arguments.root)
+        yield name, int(seed), opened(folder, recipes[name], arguments.root)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -369,6 +383,10 @@ def train(arguments: argparse.Namespace) -> None:
             recipe = recipes[name]
             steps = arguments.steps or recipe.training.steps
             recipe = replace(recipe, training=replace(recipe.training, seed=seed, steps=steps))
+            before = arguments.runs / f"{recipe.start}-seed{seed}"
+            if seed and (before / "checkpoint.pt").exists():
+                entry = opened(before, recipes[recipe.start], arguments.root).export(arguments.runs / f"seed{seed}")
+                recipe = replace(recipe, start=str(entry.path))
             run = FewShotRun(recipe, arguments.runs / f"{name}-seed{seed}", arguments.root)
             for record in run.run(arguments.time_limit):
                 if "validation" in record:
