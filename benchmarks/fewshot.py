@@ -527,13 +527,16 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
         "that; for the meta-LSTM, the best of the baselines, as they are usually run, by the same batch statistics, "
         "and pretrained longer. *Not trained yet*: or not judged yet.",
         "",
+        *overview(table, results),
+        "",
+        "## Each setting, beside published figures",
+        "",
         "| method | setting | here | short by | transductive | published | reproduced | steps | seconds |",
         "|---|---|--:|--:|---|--:|--:|--:|--:|",
     ]
     # What to train, and for how many steps; None is what the recipe says.
     missing: dict[str, int | None] = {}
     short: dict[str, int | None] = {}
-    rows = {row.label: row for row in table.rows}
     for row in table.rows:
         for index, (ways, shots) in enumerate(table.settings):
             if (ways, shots) not in row.recipes:
@@ -542,10 +545,7 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
             found = _entries(results, row, ways, shots)
             others = " | ".join(figures[index] if figures else "" for figures in (row.published, row.reproduced))
             if found:
-                rivals = [_entries(results, rows[label], ways, shots) for label in row.above if label in rows]
-                targets = [_mean(rival) for rival in rivals if rival]
-                aim = (row.targets[index] if row.targets else None) or 0.0
-                below = max([aim, *targets]) - _mean(found)
+                below = _below(table, row, index, results)
                 if below > 0:
                     steps = max(entry["steps"] for entry in found)
                     if all(entry["step"] == entry["steps"] for entry in found):
@@ -571,6 +571,8 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
     ]
     lines += [
         "",
+        "## How to go on",
+        "",
         f"Made by `{results['command']}` with torch {results['torch']}; raw results in `fewshot.json`. To go on, or to "
         "begin what is not trained yet; and to train those that are short for longer:",
         "",
@@ -584,11 +586,42 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def overview(table: Table, results: dict[str, Any]) -> list[str]:
+    """A line per method, its accuracies alone."""
+    lines = [
+        f"| method | transductive | {' | '.join(f'{ways}-way {shots}-shot' for ways, shots in table.settings)} |",
+        "|---|---|" + "--:|" * len(table.settings),
+    ]
+    for row in table.rows:
+        found = [_entries(results, row, *setting) for setting in table.settings]
+        if not any(found):
+            continue
+        below = [_below(table, row, index, results) if found[index] else 0.0 for index in range(len(found))]
+        cells = [
+            f"{_mean(entries):.2f}{f' (short by {short:.2f})' * (short > 0)}" if entries else ""
+            for entries, short in zip(found, below)
+        ]
+        transductive = next("yes" if entries[0]["transductive"] else "no" for entries in found if entries)
+        lines.append(f"| {row.label} | {transductive} | {' | '.join(cells)} |")
+    return lines
+
+
+def _below(table: Table, row: Row, index: int, results: dict[str, Any]) -> float:
+    """Points that a row is below what it is aimed at in one setting; nothing or less where it reaches that."""
+    rows = {row.label: row for row in table.rows}
+    rivals = [_entries(results, rows[label], *table.settings[index]) for label in row.above if label in rows]
+    aim = (row.targets[index] if row.targets else None) or 0.0
+    found = _mean(_entries(results, row, *table.settings[index]))
+    return max([aim, *(_mean(rival) for rival in rivals if rival)]) - found
+
+
 def comparison(table: Table, results: dict[str, Any]) -> list[str]:
     """What each row that should be above the baselines is above them by, on the same episodes."""
     rows = {row.label: row for row in table.rows}
     columns = [column for column, label in zip(_COLUMNS, _ABOVE) if label in rows]
     head = [
+        "",
+        "## Meta-LSTM and baselines, episode by episode",
         "",
         "Differences to the baselines on the same episodes, between the first training seeds, with the 95 % interval "
         "of the mean difference. *Same statistics*: the baseline's batch normalization uses those of the method, the "
