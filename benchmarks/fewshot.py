@@ -396,6 +396,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 def judge(arguments: argparse.Namespace) -> None:
     """Evaluate all runs, saving after each."""
+    if not any(arguments.runs.glob("*-seed*/checkpoint.pt")):
+        raise SystemExit(f"no run in {arguments.runs}: train first, or name another folder with --runs")
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "fewshot.json"
     results = json.loads(file.read_text()) if file.exists() else {}

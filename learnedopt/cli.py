@@ -422,6 +422,8 @@ def _fewshot_train(arguments: argparse.Namespace) -> int:
     training = recipe.training
     folder = arguments.out or Path("runs") / f"{recipe.name}-seed{training.seed}"
     _check_device(arguments.device)
+    if arguments.export is not None:
+        fewshot.check_known(recipe.learner, recipe.backbone)
     run = fewshot.FewShotRun(recipe, folder, arguments.root, arguments.device)
     print(f"{recipe.name}: step {run.step} of {training.steps}, in {folder}", flush=True)
     with _polite_signals() as received, closing(run.run(arguments.time_limit, lambda: bool(received))) as records:
@@ -436,6 +438,10 @@ def _fewshot_train(arguments: argparse.Namespace) -> int:
         print(f"stopped at step {run.step}, all of it saved; the same command continues")
     if received:
         return 128 + received[0]
+    if run.skipped:
+        print(f"{run.skipped} step(s) skipped, as their gradient or statistics were not finite")
+    if run.finished and not run.best_step:
+        raise fewshot.TrainingError("no validation had a finite error: lower the learning rates, or clip the gradient")
     if run.best_step:
         print(f"best validation {run.best_score:.4g}, at step {run.best_step}")
     if arguments.export is not None:

@@ -184,7 +184,8 @@ def read_config(folder: Path, keys: Mapping[str, type]) -> dict[str, Any]:
     except ValueError as error:
         raise ZooError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
-        raise ZooError(f"{file} does not describe a zoo entry: it has no integer 'format_version'")
+        advice = "; it is of a run: export that first" if (folder / "checkpoint.pt").exists() else ""
+        raise ZooError(f"{file} does not describe a zoo entry: it has no integer 'format_version'{advice}")
     if values["format_version"] > FORMAT_VERSION:
         raise ZooError(
             f"{file} has format version {values['format_version']}, and this version of learnedopt reads up to "

@@ -2,7 +2,14 @@
 
 from learnedopt.fewshot.backbones import BACKBONES, MLP, BackboneConfig, Conv4
 from learnedopt.fewshot.datasets import DATASETS, Split, check_frozen, load_classes, load_split
-from learnedopt.fewshot.entries import LearnerEntry, learner_info, list_learners, load_learner, save_learner
+from learnedopt.fewshot.entries import (
+    LearnerEntry,
+    check_known,
+    learner_info,
+    list_learners,
+    load_learner,
+    save_learner,
+)
 from learnedopt.fewshot.episodes import (
     ClassSet,
     EpisodeIndices,
@@ -55,6 +62,7 @@ __all__ = [
     "TrainingError",
     "TrainingSource",
     "check_frozen",
+    "check_known",
     "episode_source",
     "evaluate",
     "learner_info",

@@ -86,6 +86,7 @@ class MLP(BackboneConfig):
     batch_norm: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden must name at least one layer, of at least one unit, got {self.hidden}")
 

@@ -57,6 +57,14 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
+def check_count(config: Config, *names: str) -> None:
+    """Raise ``ValueError`` unless these settings are whole numbers of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
 def check_positive(config: Config, *names: str) -> None:
     """Raise ``ValueError`` unless these settings are above zero and finite."""
     for name in names:

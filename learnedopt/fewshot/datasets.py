@@ -11,14 +11,14 @@ import gzip
 import io
 import json
 import lzma
+import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +85,10 @@ def load_split(name: str | Path) -> Split:
     path = Path(name) if Path(name).suffix == ".json" else _FOLDER / f"{name}.json"
     if not path.is_file():
         raise ValueError(f"there is no split {str(name)!r}; known: {split_names()}, or give a JSON file")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
     if missing := sorted(_KEYS - set(values)):
         raise ValueError(f"{path} lacks {missing}")
     classes = {part: tuple(_expanded(found)) for part, found in values["classes"].items()}
@@ -110,14 +113,14 @@ def _expanded(classes: Mapping[str, str] | Sequence[str]) -> Iterator[str]:
 
 
 @cache
-def omniglot(root: Path, part: Part, split: str = "omniglot-vinyals") -> ClassSet:
+def omniglot(root: str | os.PathLike[str], part: Part, split: str = "omniglot-vinyals") -> ClassSet:
     """Omniglot: handwritten characters, 20 examples each, 28 x 28 after resizing, strokes bright.
 
     Expects ``<root>/images_background/<alphabet>/characterNN/*.png`` and ``images_evaluation`` likewise (also below
     ``<root>/omniglot``). Raises ``FileNotFoundError`` if a class of the split is not there, ``ImportError`` without
     Pillow.
     """
-    chosen = load_split(split)
+    chosen, root = load_split(split), Path(root)
     base = next((folder for folder in (root, root / "omniglot") if (folder / "images_background").is_dir()), None)
     if base is None:
         raise FileNotFoundError(
@@ -125,24 +128,24 @@ def omniglot(root: Path, part: Part, split: str = "omniglot-vinyals") -> ClassSe
             "(https://github.com/brendenlake/omniglot, folder python)"
         )
 
-    def images(name: str) -> Iterator[bytes]:
+    def images(name: str) -> Iterator[tuple[str, bytes]]:
         folder = base / f"images_{name}"
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is missing, and the split {chosen.name!r} needs it")
-        return (path.read_bytes() for path in sorted(folder.glob("*.png")))
+        return ((path.name, path.read_bytes()) for path in sorted(folder.glob("*.png")))
 
     return _class_set(chosen, part, {name: images(name) for name in chosen.classes[_known_part(part)]})
 
 
 @cache
-def mini_imagenet(root: Path, part: Part, split: str = "mini-imagenet-ravi") -> ClassSet:
+def mini_imagenet(root: str | os.PathLike[str], part: Part, split: str = "mini-imagenet-ravi") -> ClassSet:
     """mini-ImageNet: 600 photographs of each class, 84 x 84.
 
     Expects files ``<wnid>/<file>.jpg`` below ``<root>``, at any depth, in folders or in tar archives
     (``<root>/*.tar*``). Raises ``FileNotFoundError`` if a class of the split is nowhere, ``ImportError``
     without Pillow.
     """
-    chosen = load_split(split)
+    chosen, root = load_split(split), Path(root)
     wanted = chosen.classes[_known_part(part)]
     found: dict[str, dict[str, bytes]] = {name: {} for name in wanted}
     for folder, name, data in _image_files(root):
@@ -153,11 +156,11 @@ def mini_imagenet(root: Path, part: Part, split: str = "mini-imagenet-ravi") -> 
             f"no images of {len(missing)} class(es) of mini-ImageNet under {str(root)!r}, {missing[0]} first: expected "
             "CLASS/FILE.jpg in folders or *.tar archives"
         )
-    return _class_set(chosen, part, {name: [files[key] for key in sorted(files)] for name, files in found.items()})
+    return _class_set(chosen, part, {name: sorted(files.items()) for name, files in found.items()})
 
 
 @cache
-def cifar_fs(root: Path, part: Part, split: str = "cifar-fs") -> ClassSet:
+def cifar_fs(root: str | os.PathLike[str], part: Part, split: str = "cifar-fs") -> ClassSet:
     """CIFAR-FS: the classes of CIFAR-100, 600 images each of 32 x 32, through torchvision.
 
     Raises ``FileNotFoundError`` if its files are not in ``<root>/cifar-100-python``, ``ImportError`` without
@@ -167,7 +170,7 @@ def cifar_fs(root: Path, part: Part, split: str = "cifar-fs") -> ClassSet:
         from torchvision.datasets import CIFAR100
     except ImportError as error:
         raise ImportError("cifar_fs() needs torchvision: pip install 'learnedopt[train]'") from error
-    chosen = load_split(split)
+    chosen, root = load_split(split), Path(root)
     try:
         halves = [CIFAR100(root, train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
@@ -237,7 +240,7 @@ DATASETS: Mapping[str, Callable[[Path | None, Part], ClassSet]] = {
 """Loaders by the name of data set and split, given the folder of downloaded data and the part."""
 
 
-def load_classes(name: str, part: Part, root: Path | None = None) -> ClassSet:
+def load_classes(name: str, part: Part, root: str | os.PathLike[str] | None = None) -> ClassSet:
     """The classes of one part of a data set in :data:`DATASETS`; loaded once, then kept in memory.
 
     Raises ``ValueError`` for an unknown name or part, or if the data set is read from ``root`` and none is given; and
@@ -245,7 +248,7 @@ def load_classes(name: str, part: Part, root: Path | None = None) -> ClassSet:
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
-    return DATASETS[name](root, _known_part(part))
+    return DATASETS[name](None if root is None else Path(root), _known_part(part))
 
 
 _RECORD = _FOLDER / "frozen_episodes.json"
@@ -281,14 +284,11 @@ def _known_part(part: Part) -> Part:
     return part
 
 
-def _class_set(split: Split, part: Part, files: Mapping[str, Any]) -> ClassSet:
-    """Decode image files by class, prepare them as the split says, and add the rotations."""
+def _class_set(split: Split, part: Part, files: Mapping[str, Iterable[tuple[str, bytes]]]) -> ClassSet:
+    """Decode image files (name and content) by class, prepare them as the split says, and add the rotations."""
     decoded: dict[str, list[Tensor]] = {}
     for name, found in files.items():
-        try:
-            decoded[name] = [_decoded(data, split) for data in found]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"an image of the class {name} cannot be used: {error}") from error
+        decoded[name] = [_decoded(name, file, data, split) for file, data in found]
     if empty := [name for name, found in decoded.items() if not found]:
         raise FileNotFoundError(f"{len(empty)} class(es) of {split.name} have no images, {empty[0]} first")
     images = {name: torch.stack(found) for name, found in decoded.items()}
@@ -298,17 +298,23 @@ def _class_set(split: Split, part: Part, files: Mapping[str, Any]) -> ClassSet:
     return ClassSet(f"{split.name}/{part}", split.class_names(part), turned, counts * len(split.rotations))
 
 
-def _decoded(data: bytes, split: Split) -> Tensor:
+def _decoded(name: str, file: str, data: bytes, split: Split) -> Tensor:
     """uint8 ``(channels, size, size)``."""
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError("reading images needs Pillow: pip install 'learnedopt[train]'") from error
-    with Image.open(io.BytesIO(data)) as file:
-        image = file.convert("L" if split.channels == 1 else "RGB")
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = opened.convert("L" if split.channels == 1 else "RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} of the class {name} cannot be read as an image ({type(error).__name__})") from error
     if image.size != (split.size, split.size):
         if split.resample == "none":
-            raise ValueError(f"images of {split.name} must be {split.size} x {split.size} pixels, got {image.size}")
+            raise ValueError(
+                f"images of {split.name} must be {split.size} x {split.size} pixels, and {file} of the class {name} is "
+                f"{image.size[0]} x {image.size[1]}"
+            )
         image = image.resize((split.size, split.size), Image.Resampling[split.resample.upper()])
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = pixels.reshape(split.size, split.size, split.channels).permute(2, 0, 1)

@@ -125,11 +125,12 @@ def save_learner(
         training: How the weights were made, as JSON types.
 
     Raises:
-        ZooError: the weights are not finite, ``name`` or ``description`` is not one line, ``training`` is not JSON, or
-            the folder holds anything but an entry.
+        ZooError: the weights are not finite, ``name`` or ``description`` is not one line, ``training`` is not JSON,
+            method or backbone are in no registry, or the folder holds anything but an entry.
     """
     folder = Path(folder)
     zoo.check_writable(folder, name, description)
+    check_known(learner.config, backbone)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in learner.state_dict().items()}
     if broken := sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all()):
         raise ZooError(f"the learner cannot be saved: its weights are not finite, in {broken}")
@@ -142,6 +143,16 @@ def save_learner(
     config = {"name": name, "description": description, **settings, "training": dict(training)}
     zoo.write_entry(folder, weights, config, card, load_learner)
     return learner_info(folder)
+
+
+def check_known(learner: LearnerConfig, backbone: BackboneConfig) -> None:
+    """Raise ``ZooError`` unless method and backbone can be found again by the names that an entry has for them."""
+    for config, known, name in ((learner, LEARNERS, "LEARNERS"), (backbone, BACKBONES, "BACKBONES")):
+        if known.get(config.kind) is not type(config):
+            raise ZooError(
+                f"an entry could not be loaded again: {type(config).__name__} is not in learnedopt.fewshot.{name}. Put "
+                f"it there where it is defined: {name}[{config.kind!r}] = {type(config).__name__}"
+            )
 
 
 def _settings(values: Mapping[str, Any], file: Path) -> tuple[LearnerConfig, BackboneConfig, LearnerShape]:

@@ -25,8 +25,9 @@ class Episodes:
     Classification: labels are int64 in [0, ``ways``), every class occurs in support and query. Examples drawn by this
     package are ordered by class. Regression: ``ways`` is ``None`` and the targets are floats.
 
-    Raises ``ValueError`` for shapes that do not belong together, labels outside their range, classes without support,
-    support and query that differ in their ways, and targets of regression that are not floating.
+    Raises ``ValueError`` for no episodes or examples, shapes that do not belong together, labels outside their range,
+    classes without support, support and query that differ in their ways, and targets of regression that are not
+    floating.
 
     >>> x, y = torch.zeros(1, 4, 3), torch.tensor([[0, 0, 1, 1]])
     >>> episodes = Episodes(x, y, x, y, ways=2)
@@ -55,6 +56,8 @@ class Episodes:
                     f"{part}_x and {part}_y must both begin with (episodes, examples), got {tuple(x.shape)} and "
                     f"{tuple(y.shape)}; a single episode needs x[None]"
                 )
+            if x.shape[0] == 0 or x.shape[1] == 0:
+                raise ValueError(f"{part}_x has shape {tuple(x.shape)}: there must be episodes, and examples in each")
         if len(self.support_x) != len(self.query_x) or self.example_shape != tuple(self.query_x.shape[2:]):
             raise ValueError(
                 f"support_x {tuple(self.support_x.shape)} and query_x {tuple(self.query_x.shape)} must agree in the "
@@ -115,10 +118,13 @@ class Episodes:
 
 def check_labels(part: str, labels: Tensor, ways: int) -> None:
     """Raise ``ValueError`` unless ``labels`` are int64 in [0, ``ways``); ``part`` names them in the message."""
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"the {part} labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64 or labels.ndim != 2:
+        advice = "convert with .long()" if labels.ndim == 2 else "number the classes (of one-hot labels, .argmax(-1))"
         raise ValueError(
             f"the {part} labels must be int64 of shape (episodes, examples), got {labels.dtype} "
-            f"{tuple(labels.shape)}: convert with .long()"
+            f"{tuple(labels.shape)}: {advice}"
         )
     if labels.numel() == 0:
         raise ValueError(f"the {part} set is empty: an episode needs at least one example of every class")
@@ -193,7 +199,7 @@ class TrainingSource:
 class ClassSet:
     """The examples of one split, grouped by class.
 
-    Raises ``ValueError`` if counts and images disagree, or a name occurs twice.
+    Raises ``ValueError`` if counts and images disagree, images are neither uint8 nor floating, or a name occurs twice.
 
     >>> classes = ClassSet("toy", ("a", "b"), torch.zeros(5, 1, 4, 4, dtype=torch.uint8), (2, 3))
     >>> len(classes), classes.example_shape
@@ -210,6 +216,10 @@ class ClassSet:
     """Examples of each class."""
 
     def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 and not self.images.is_floating_point():
+            raise ValueError(f"{self.name}: images must be uint8 or floating, got {self.images.dtype}")
+        if any(count < 0 for count in self.counts):
+            raise ValueError(f"{self.name}: a class has {min(self.counts)} examples")
         if len(self.names) != len(self.counts) or sum(self.counts) != len(self.images):
             raise ValueError(
                 f"{self.name}: {len(self.names)} names, {len(self.counts)} counts of {sum(self.counts)} examples, and "
@@ -293,11 +303,17 @@ def frozen_indices(
     >>> bool((long.classes[:3] == short.classes).all() and (long.examples[:3] == short.examples).all())
     True
     """
+    _check_frozen_count(count)
     key = f"{name} {ways}-way {shots}-shot {queries}-query seed {seed}"
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
     generator = Generator().manual_seed(number)
     drawn = [draw_indices(counts, ways, shots, queries, 1, generator) for _ in range(count)]
     return EpisodeIndices(torch.cat([one.classes for one in drawn]), torch.cat([one.examples for one in drawn]), shots)
+
+
+def _check_frozen_count(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"a list of frozen episodes holds at least 1, got {count}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -428,6 +444,7 @@ class Sinusoid(EpisodeSource):
         return x[:, 0], y[:, 0]
 
     def frozen(self, count: int, seed: int = 0) -> Episodes:
+        _check_frozen_count(count)
         # Hashed, so that no list is what a generator with a usual seed draws for training.
         hashed = int.from_bytes(hashlib.sha256(f"sinusoid {self.part} {seed}".encode()).digest()[:7])
         generator = Generator().manual_seed(hashed)

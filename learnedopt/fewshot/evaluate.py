@@ -108,9 +108,15 @@ def evaluate(learner: Learner, episodes: Batched, batch_size: int = 25) -> Evalu
         batch_size: Episodes at a time; changes speed and memory, not the result beyond rounding.
 
     Raises:
-        ValueError: there are no episodes.
+        TypeError: ``episodes`` is something to draw episodes from, and not a list of them.
+        ValueError: there are no episodes, or targets that are not finite; or ``batch_size`` is below 1.
     """
-    weight = next(learner.parameters(), None)
+    if not hasattr(episodes, "batches"):
+        raise TypeError(
+            f"evaluate takes Episodes, or a list of them as task.frozen(600) gives, got {type(episodes).__name__}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     modes = [(module, module.training) for module in learner.modules()]
     values: list[float] = []
     squares: list[float] = []
@@ -118,12 +124,13 @@ def evaluate(learner: Learner, episodes: Batched, batch_size: int = 25) -> Evalu
     learner.eval()
     try:
         for batch in episodes.batches(batch_size):
-            if weight is not None:
-                batch = batch.to(weight.device, weight.dtype)
+            batch = learner.following(batch)
             adapted = learner.fit(batch.support_x, batch.support_y, ways=batch.ways)
             with torch.no_grad():
                 predicted = adapted.predict(batch.query_x)
             if batch.ways is None:
+                if not bool(batch.query_y.isfinite().all()):
+                    raise ValueError("targets of queries are not all finite, so that there is no error to them")
                 values += _means((predicted - batch.query_y).nan_to_num(nan=math.inf).square())
                 squares += _means(batch.query_y.square())
             else:

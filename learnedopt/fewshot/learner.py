@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learnedopt.fewshot.backbones import BackboneConfig
-from learnedopt.fewshot.config import Config, check_choice
+from learnedopt.fewshot.config import Config, check_choice, check_count
 from learnedopt.fewshot.episodes import EpisodeList, Episodes, TrainingSource, check_labels
-from learnedopt.fewshot.normalization import NORMALIZATIONS, Normalization, batch_norms
+from learnedopt.fewshot.normalization import NORMALIZATIONS, Normalization, batch_norms, statistics
 from learnedopt.fewshot.vectorized import numbers_per_image
 
 
@@ -34,6 +34,7 @@ class LearnerShape:
     """Numbers to predict, in regression."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "example_shape", tuple(self.example_shape))
         if self.ways is not None and self.ways < 2:
             raise ValueError(f"ways must be at least 2, or None for regression, got {self.ways}")
         if self.outputs < 1:
@@ -49,14 +50,15 @@ class LearnerConfig(Config):
     built_in: ClassVar[frozenset[str]] = frozenset()
     """Settings that decide what weights there are, and so cannot change afterwards."""
     episodes_at_once: int | None = None
-    """How many episodes go through the network together. ``None`` is the faster way, by measurement: all, but on the
-    CPU, where a network has convolutions, as many as keep its largest array within 4 million numbers; and one where all
-    episodes share the weights, or the network is not a plain sequence of layers."""
+    """How many episodes go through the network together. ``None``: one where the network is not a plain sequence of
+    layers, since more need ``torch.func.vmap``, which some modules do not know. Otherwise the faster way, by
+    measurement: all, but on the CPU, where a network has convolutions, as many as keep its largest array within 4
+    million numbers, or one where all episodes share the weights."""
 
     def __post_init__(self) -> None:
         check_choice("normalization", self.normalization, NORMALIZATIONS)
-        if self.episodes_at_once is not None and self.episodes_at_once < 1:
-            raise ValueError(f"episodes_at_once must be at least 1, got {self.episodes_at_once}")
+        if self.episodes_at_once is not None:
+            check_count(self, "episodes_at_once")
 
     def make(self, backbone: nn.Module, shape: LearnerShape) -> Learner:
         """The learner itself, around a backbone that is its own."""
@@ -73,8 +75,12 @@ class LearnerConfig(Config):
             shape: What it is made for. Methods that compare features also take episodes of other ways.
             generator: Draws the initial weights; by default torch's own, as for torch's modules.
 
+        Parameters of a module that do not require gradients are left as they are by inner loops too.
+
         Raises:
-            ValueError: the method cannot do this, or the backbone does not take such examples.
+            TypeError: the backbone is neither.
+            ValueError: the method cannot do this; or the backbone does not take such examples, or keeps state that a
+                forward pass changes, other than the running averages of torch's batch normalization.
 
         >>> from learnedopt.fewshot.backbones import MLP
         >>> from learnedopt.fewshot.learners import ProtoNetConfig
@@ -83,6 +89,8 @@ class LearnerConfig(Config):
         >>> learner.fit(x, y).predict(x).shape
         torch.Size([4, 2])
         """
+        if not isinstance(backbone, BackboneConfig | nn.Module):
+            raise TypeError(f"backbone must be a module, or settings such as Conv4(), got {backbone!r}")
         # Modules draw their weights from torch's global generator: for a moment it is made to continue this one.
         with torch.random.fork_rng(devices=[], enabled=generator is not None):
             if generator is not None:
@@ -102,13 +110,15 @@ class Part(Protocol):
 class Adapted:
     """What :meth:`Learner.fit` returns: a learner fitted to one support set, or to one for each of E episodes.
 
-    It refers to the learner's weights. After an update of these, fit again.
+    It refers to the learner's weights. After an update of these, or another mode of the learner, fit again.
     """
 
     parts: Sequence[Part]
     sizes: Sequence[int]
     """How many episodes each part holds."""
     example_shape: tuple[int, ...]
+    dtype: torch.dtype
+    """Of the examples."""
     single: bool
     """Whether there was no axis of episodes."""
 
@@ -119,7 +129,7 @@ class Adapted:
             query_x: ``(E, q, *example)``, or ``(q, *example)``.
 
         Raises:
-            ValueError: the shape is not that, or the number of episodes is not that of :meth:`Learner.fit`.
+            ValueError: the shape is not that, or number of episodes or type are not those of :meth:`Learner.fit`.
         """
         if self.single:
             query_x = query_x[None]
@@ -132,6 +142,8 @@ class Adapted:
             raise ValueError(f"fitted to {sum(self.sizes)} episodes, and query_x holds {len(query_x)}")
         if query_x.shape[1] == 0:
             raise ValueError("query_x is empty")
+        if query_x.dtype != self.dtype:
+            raise ValueError(f"query_x is {query_x.dtype}, and the support set was {self.dtype}: convert one of them")
         pieces = zip(self.parts, query_x.split(list(self.sizes)))
         found = torch.cat([part.predict(x) for part, x in pieces])
         return found.squeeze(0) if self.single else found
@@ -166,9 +178,10 @@ class Learner(nn.Module, ABC):
 
     @property
     def transductive(self) -> bool:
-        """Whether the prediction of a query may depend on the other queries.
+        """Whether in evaluation mode the prediction of a query may depend on the other queries.
 
-        That is so with ``normalization="transductive"``, if the network has batch normalization at all.
+        That is so with ``normalization="transductive"``, if the network has batch normalization at all. In training
+        mode it may be so with ``"running"`` too.
         """
         return self.config.normalization == "transductive" and bool(batch_norms(self))
 
@@ -176,7 +189,7 @@ class Learner(nn.Module, ABC):
         """This learner under other settings, with the same weights and not a copy of them.
 
         For settings that can change without training anew: ``normalization``, inner steps and rates of evaluation. Both
-        have the same modules, and so are in training or in evaluation mode together: call ``train`` or ``eval`` before.
+        have the same modules inside: call ``train`` or ``eval`` before, or of both.
 
         Raises:
             ValueError: a setting decides what weights there are; or running averages are wanted, and this learner was
@@ -239,8 +252,9 @@ class Learner(nn.Module, ABC):
                 f"support_x has shape {tuple(support_x.shape)} and support_y {tuple(support_y.shape)}: they must agree "
                 "in episodes and examples"
             )
-        if len(support_x) == 0:
-            raise ValueError("support_x holds no episodes")
+        if support_x.shape[0] == 0 or support_x.shape[1] == 0:
+            raise ValueError(f"support_x holds no {'examples' if len(support_x) else 'episodes'}")
+        self._check_dtype("support_x", support_x)
         ways = self._check_targets(support_y, ways)
         if torch.is_inference_mode_enabled():
             # Inner loops need gradients, which inference mode cannot give back.
@@ -253,7 +267,7 @@ class Learner(nn.Module, ABC):
         sizes = self._sizes(len(support_x), support_x.shape[1] + 15 * (ways or 0), support_x.device)
         parts = zip(support_x.split(sizes), support_y.split(sizes))
         found = [self.fit_part(x, y, ways) for x, y in parts]
-        return Adapted(found, sizes, self.shape.example_shape, single)
+        return Adapted(found, sizes, self.shape.example_shape, support_x.dtype, single)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """What meta-training minimizes, averaged over the episodes: a scalar to call ``backward`` on.
@@ -273,6 +287,8 @@ class Learner(nn.Module, ABC):
                 f"{episodes.example_shape}"
             )
         self._check_targets(episodes.support_y, episodes.ways)
+        for name in ("support_x", "query_x"):
+            self._check_dtype(name, getattr(episodes, name))
         images = episodes.support_x.shape[1] + episodes.query_x.shape[1]
         size = self._sizes(len(episodes), images, episodes.support_x.device)[0]
         if len(episodes) <= size:
@@ -307,7 +323,12 @@ class Learner(nn.Module, ABC):
             source: What to draw from.
             generator: Draws.
         """
-        return self.meta_loss(source.episodes(generator))
+        return self.meta_loss(self.following(source.episodes(generator)))
+
+    def following(self, episodes: Episodes) -> Episodes:
+        """The episodes where the weights are, and of their type."""
+        weight = next(self.parameters(), None)
+        return episodes if weight is None else episodes.to(weight.device, weight.dtype)
 
     @abstractmethod
     def fit_part(self, support_x: Tensor, support_y: Tensor, ways: int | None) -> Part:
@@ -317,6 +338,16 @@ class Learner(nn.Module, ABC):
         """:meth:`meta_loss` of each of as many episodes as go through the network together, ``(E,)``."""
         adapted = self.fit_part(episodes.support_x, episodes.support_y, episodes.ways)
         return episode_losses(adapted.predict(episodes.query_x), episodes.query_y)
+
+    def _check_dtype(self, name: str, x: Tensor) -> None:
+        """Refuse examples that the network would not take, or would take for something else."""
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{name} is {x.dtype}, and examples must be floating: convert (images with .float() / 255)"
+            )
+        weight = next(self.parameters(), x)
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name} is {x.dtype}, and the learner's weights are {weight.dtype}: convert one of them")
 
     def _check_targets(self, targets: Tensor, ways: int | None) -> int | None:
         """Refuse labels or targets that do not fit the problem; returns the ways."""
@@ -351,8 +382,10 @@ class Learner(nn.Module, ABC):
         if size is None:
             size = episodes
             each = max(images, 1) * numbers_per_image(self, self.shape.example_shape)
-            if each and device.type == "cpu":
-                size = 1 if self.shares_weights else max(1, int(_NUMBERS / each))
+            if each == math.inf or (each and self.shares_weights and device.type == "cpu"):
+                size = 1
+            elif each and device.type == "cpu":
+                size = max(1, int(_NUMBERS / each))
         return [min(size, episodes - start) for start in range(0, episodes, size)]
 
 
@@ -405,3 +438,27 @@ def feature_size(backbone: nn.Module, example_shape: tuple[int, ...]) -> int:
     if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != 2:
         raise ValueError("a backbone must return one tensor (n, ...), features of each example")
     return math.prod(features.shape[1:])
+
+
+def check_stateless(backbone: nn.Module, example_shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` if a forward pass in training changes buffers: a fit must leave no trace in the learner.
+
+    Args:
+        backbone: With its batch normalization replaced by :func:`learnedopt.fewshot.normalization.episodic`.
+        example_shape: Of one example.
+    """
+    trial = copy.deepcopy(backbone).train()
+    like = next(trial.parameters(), torch.empty(0))
+    if like.is_meta:  # without numbers, as in building a network for its shapes
+        return
+    before = {name: value.clone() for name, value in trial.named_buffers()}
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), statistics():
+        for weight in trial.parameters():  # what follows the weights is still now, and moves in training
+            weight.add_(torch.randn_like(weight))
+        trial(torch.rand(4, *example_shape, dtype=like.dtype, device=like.device))
+    if changed := [name for name, value in trial.named_buffers() if not torch.equal(value, before[name])]:
+        raise ValueError(
+            f"a forward pass of the backbone changes its buffers {', '.join(changed)}, and fitting to an episode must "
+            "leave no trace: take modules without running state (of normalizations track_running_stats=False); "
+            "torch's batch normalization is the exception"
+        )

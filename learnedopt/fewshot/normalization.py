@@ -124,8 +124,9 @@ class EpisodicBatchNorm(_BatchNorm):
         """
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        tracked = self.num_batches_tracked if row is None else self.num_batches_tracked[row]
+        tracked.add_(1)
+        momentum = 1.0 / float(tracked) if self.momentum is None else self.momentum
         for average, value in ((self.running_mean, mean), (self.running_var, variance)):
             (average if row is None else average[row]).lerp_(value, momentum)
 
@@ -142,7 +143,13 @@ def _normalized(
     """Normalize channels, which are axis 1. Also the statistics, if they were taken."""
     if scope.running:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps), None
-    if scope.rows is None or scope.rows >= len(x):
+    part = x if scope.rows is None else x[: scope.rows]
+    if part.numel() == part.shape[1]:
+        raise ValueError(
+            "batch normalization cannot take statistics of one value: give it more examples together, or choose "
+            "normalization='support' or 'running'"
+        )
+    if len(part) == len(x):
         if scope.twice:
             x, mean, variance = batch_norm(x, weight, bias, eps)
             return x, (mean, variance)
@@ -152,7 +159,6 @@ def _normalized(
         dtype = x.dtype if weight is None else weight.dtype
         mean, variance = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
         return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps), (mean, variance)
-    part = x[: scope.rows]
     variance, mean = torch.var_mean(part, [axis for axis in range(x.ndim) if axis != 1], correction=0)
     count = part.numel() // part.shape[1]
     used = (mean.detach(), variance.detach() * count / max(count - 1, 1))

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from learnedopt.meta.recipe import (
     source_commit,
     truncate_log,
     write_checkpoint,
+    write_config,
 )
 
 
@@ -161,7 +162,10 @@ def load_fewshot_recipe(name: str) -> FewShotRecipe:
 
 
 def episode_source(
-    data: str, shape: EpisodeShape, part: Literal["train", "validation", "test"], root: Path | None = None
+    data: str,
+    shape: EpisodeShape,
+    part: Literal["train", "validation", "test"],
+    root: str | os.PathLike[str] | None = None,
 ) -> EpisodeSource:
     """Episodes of one part of a data set, ready to be drawn.
 
@@ -195,7 +199,7 @@ class FewShotRun:
         self,
         recipe: FewShotRecipe,
         folder: str | os.PathLike[str],
-        root: Path | None = None,
+        root: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.recipe = recipe
@@ -227,7 +231,7 @@ class FewShotRun:
         else:
             check_folder(self.folder, recipe.name)
         settings = {"commit": self.commit, "device": str(device), **self._settings()}
-        (self.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_config(self.folder / "config.json", settings)
 
     @property
     def finished(self) -> bool:
@@ -335,10 +339,14 @@ class FewShotRun:
 
     def _check_validated(self) -> None:
         if not self.best_step:
-            raise ValueError(
-                f"there is no best learner yet: no validation in the {self.step} step(s) so far, and there is one "
-                f"every {self.recipe.training.validate_every}"
-            )
+            every = self.recipe.training.validate_every
+            why = f"no validation in the {self.step} step(s) so far, and there is one every {every}"
+            if self.finished or self.step >= every:
+                why = (
+                    f"no validation of the {self.step} step(s) so far had a finite error; {self.skipped} step(s) were "
+                    "skipped, as their gradient or statistics were not finite"
+                )
+            raise ValueError(f"there is no best learner yet: {why}")
 
     def _built(self, generator: torch.Generator) -> Learner:
         source, recipe = self.source.source, self.recipe
@@ -446,11 +454,9 @@ class FewShotRun:
 
     def _resume(self) -> None:
         saved = read_checkpoint(self._checkpoint, ("settings", "learner", *_COUNTERS))
-        ours = self._settings()
-        names = ours.keys() | saved["settings"].keys()
-        if different := sorted(name for name in names if saved["settings"].get(name) != ours.get(name)):
+        if different := list(_different(saved["settings"], self._settings())):
             raise ValueError(
-                f"{self.folder} holds a run with other settings ({', '.join(different)}): continue it with the same, "
+                f"{self.folder} holds a run with other settings ({'; '.join(different)}): continue it with the same, "
                 "or choose another folder"
             )
         self.learner.load_state_dict(saved["learner"])
@@ -459,6 +465,16 @@ class FewShotRun:
         self.commit = saved["commit"]
         for name in _COUNTERS:
             setattr(self, name, saved[name])
+
+
+def _different(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Settings that are not the same, each with both values."""
+    for name in sorted(theirs.keys() | ours.keys()):
+        before, now = theirs.get(name), ours.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _different(before, now, f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name} was {before!r}, is {now!r}"
 
 
 _COUNTERS = ("step", "skipped", "seconds", "best_score", "best_step", "best_weights")

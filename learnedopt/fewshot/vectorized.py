@@ -112,15 +112,19 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 def numbers_per_image(module: nn.Module, example_shape: tuple[int, ...]) -> float:
     """How many numbers the first convolution makes of an example: commonly the largest array of the network.
 
-    0 without convolutions; infinity where there are some and the network is not a plain sequence of layers.
+    0 without convolutions, or without a :class:`Network`; infinity where that is not a plain sequence of layers.
     """
-    if not any(isinstance(child, nn.modules.conv._ConvNd) for child in module.modules()):
+    network = next((child for child in module.modules() if isinstance(child, Network)), None)
+    if network is None:
         return 0.0
-    network = next((child for child in module.modules() if isinstance(child, Network)), module)
-    for _, layer in _layers(network, "", {}) or ():
-        if isinstance(layer, nn.Conv2d) and len(example_shape) == 3:
+    layers = _layers(network, "", {})
+    of_images = [layer for _, layer in layers or () if isinstance(layer, _OF_IMAGES)]
+    if layers is None or (of_images and len(example_shape) != 3):
+        return math.inf
+    for layer in of_images:
+        if isinstance(layer, nn.Conv2d):
             return float(layer.out_channels * math.prod(_pixels(layer, *example_shape[1:])))
-    return math.inf
+    return 0.0
 
 
 _OF_IMAGES = (nn.Conv2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)

@@ -184,7 +184,7 @@ class MetaTrainingRun:
             "processes": self.trainer.ranks.size,
         }
         if self._writes:
-            (self.folder / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+            write_config(self.folder / "config.json", config)
 
     @property
     def _writes(self) -> bool:
@@ -318,6 +318,13 @@ def check_folder(folder: Path, recipe: str) -> None:
 
 
 _Writer = tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]
+
+
+def write_config(path: Path, content: dict[str, Any]) -> None:
+    """Write as JSON, complete or not at all: a run that is killed meanwhile must know its folder again."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:

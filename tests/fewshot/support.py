@@ -52,8 +52,8 @@ def backbone(batch_norm: bool = True) -> nn.Module:
 
 
 def make(kind: str, batch_norm: bool = True, ways: int | None = WAYS, **settings: Any) -> Learner:
-    """A learner in float64, with random weights wherever it would start from zero or one."""
-    config = LEARNERS[kind](**{**SHORT.get(kind, {}), **settings})
+    """A learner in float64, with random weights wherever it would start from zero or one. Episodes go together."""
+    config = LEARNERS[kind](**{"episodes_at_once": 100, **SHORT.get(kind, {}), **settings})
     return config.build(backbone(batch_norm), LearnerShape(EXAMPLE, ways, CLASSES), generator(2)).double()
 
 

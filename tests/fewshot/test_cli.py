@@ -113,6 +113,29 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, recipe: str, 
     assert message in error and error.count("\n") == 1
 
 
+def test_a_run_that_has_learned_nothing_says_so(recipe: str, capsys: Captured) -> None:
+    text = Path("mine.py").read_text()
+    Path("mine.py").write_text(text.replace("learning_rate=0.01", "learning_rate=1e30"))
+    assert main(["fewshot", "train", recipe]) == 1
+    shown = capsys.readouterr()
+    assert "6 step(s) skipped, as their gradient or statistics were not finite" in shown.out
+    assert "no validation had a finite error" in shown.err
+
+
+def test_a_backbone_that_could_not_be_found_again_is_refused_before_training(recipe: str, capsys: Captured) -> None:
+    text = Path("mine.py").read_text().replace("MLP()", "Mine()")
+    Path("mine.py").write_text(text.replace("SHAPE =", "class Mine(MLP):\n    kind = 'mine'\n\n\nSHAPE =", 1))
+    assert main(["fewshot", "train", recipe, "--export", "zoo"]) == 2
+    assert "Mine is not in learnedopt.fewshot.BACKBONES. Put it there" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_the_folder_of_a_run_is_no_entry(recipe: str, capsys: Captured) -> None:
+    assert main(["fewshot", "train", recipe]) == 0
+    assert main(["fewshot", "evaluate", "runs/tiny-seed0"]) == 2
+    assert "does not describe a zoo entry" in (error := capsys.readouterr().err) and "export that first" in error
+
+
 @pytest.mark.parametrize("option", ["--ways", "--shots", "--queries", "--episodes"])
 def test_counts_of_nothing_are_refused(option: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as raised:

@@ -112,6 +112,9 @@ def test_unknown_names_are_answered_with_the_known_ones(tmp_path: Path) -> None:
         load_classes("glyphs", "val")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cifar-fs is read from files: name their folder"):
         load_classes("cifar-fs", "test")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json is not valid JSON"):
+        load_split(tmp_path / "broken.json")
     (tmp_path / "incomplete.json").write_text('{"name": "incomplete"}')
     with pytest.raises(ValueError, match=r"lacks \['channels', 'classes'"):
         load_split(tmp_path / "incomplete.json")
@@ -136,7 +139,7 @@ def write_characters(root: Path, split: Split, examples: int) -> dict[str, np.nd
 def test_omniglot_is_read_resized_inverted_and_rotated(below: str, tmp_path: Path) -> None:
     path = write_split(tmp_path)
     pages = write_characters(tmp_path / below, load_split(path), examples=3)
-    classes = omniglot(tmp_path, "train", str(path))
+    classes = omniglot(str(tmp_path), "train", str(path))
     assert classes.name == "small/train" and classes.counts == (3,) * 4
     assert classes.names == (
         "background/Greek/character01/rot000",
@@ -226,7 +229,7 @@ def test_damaged_archives_and_images_are_named_and_other_files_left_alone(tmp_pa
         with pytest.raises(ValueError, match=r"mini_a\.tar\.gz cannot be read to its end as an archive"):
             mini_imagenet(tmp_path, "test", str(path))
     as_archives(tmp_path, {"test/n3/a.jpg": photograph(1), "test/n3/b.jpg": b"no image"})
-    with pytest.raises(ValueError, match="an image of the class n3 cannot be used: cannot identify"):
+    with pytest.raises(ValueError, match=r"b\.jpg of the class n3 cannot be read as an image"):
         mini_imagenet(tmp_path, "test", str(path))
 
 

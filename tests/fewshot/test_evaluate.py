@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,9 +107,20 @@ def test_two_evaluations_are_compared_episode_by_episode() -> None:
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:
-    empty = Sinusoid().frozen(2)[:0]
+    episodes = images().frozen(2)
     with pytest.raises(ValueError, match="no episodes"):
-        evaluate(Told(lambda x: x, ways=None), empty)
+        evaluate(Told(lambda x: x, ways=3), replace(episodes, indices=episodes.indices[:0]))
+    with pytest.raises(TypeError, match=r"as task.frozen\(600\) gives, got FewShotTask"):
+        evaluate(Told(lambda x: x, ways=3), images())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate(Told(lambda x: x, ways=3), episodes, batch_size=0)
+    for source in (images(), Sinusoid()):
+        with pytest.raises(ValueError, match="frozen episodes holds at least 1, got 0"):
+            source.frozen(0)
+    waves = Sinusoid().frozen(2)
+    waves.query_y[1, 0] = math.nan
+    with pytest.raises(ValueError, match="targets of queries are not all finite"):
+        evaluate(Told(lambda x: x, ways=None), waves)
 
 
 def images() -> FewShotTask:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from learnedopt.fewshot import vectorized
-from learnedopt.fewshot.backbones import Conv4
+from learnedopt.fewshot.backbones import MLP, Conv4
 from learnedopt.fewshot.episodes import ClassSet, Episodes, FewShotTask, Sinusoid, TrainingSource
 from learnedopt.fewshot.evaluate import evaluate
 from learnedopt.fewshot.learner import Learner, LearnerShape
-from learnedopt.fewshot.learners import LEARNERS
+from learnedopt.fewshot.learners import LEARNERS, MAMLConfig
+from learnedopt.fewshot.learners.inner_loop import InnerLoopLearner
 from learnedopt.fewshot.normalization import batch_norms
 from learnedopt.rules import MetaLSTMConfig
 from tests.fewshot.support import (
@@ -23,6 +27,7 @@ from tests.fewshot.support import (
     EXAMPLE,
     SHORT,
     WAYS,
+    Smooth,
     backbone,
     episodes,
     equal_outputs,
@@ -184,8 +189,10 @@ def test_how_many_episodes_go_together_depends_on_the_network(downsample: Any, s
     module.register_forward_hook(lambda module, inputs, outputs: outputs)
     assert LEARNERS["maml"]().build(module, LearnerShape((1, 16, 16), 2)).fit(image, labels).sizes == [1] * 45
     assert LEARNERS["protonet"]().build(backbone, LearnerShape((1, 16, 16), 2)).fit(image, labels).sizes == [1] * 45
-    some = episodes(45)
-    assert make("maml").fit(some.support_x, some.support_y).sizes == [45]
+    x, y = torch.rand(45, 2, 4), torch.tensor([0, 1]).expand(45, 2)
+    for kind in ("maml", "protonet"):
+        assert LEARNERS[kind]().build(MLP((5,)), LearnerShape((4,), 2)).fit(x, y).sizes == [45]
+        assert LEARNERS[kind]().build(Smooth(), LearnerShape((4,), 2)).fit(x, y).sizes == [1] * 45
 
 
 class Opaque(nn.Sequential):
@@ -372,7 +379,7 @@ def test_training_moves_running_averages_once_for_every_pass(kind: str) -> None:
     # One for the support set before each update and one for queries at the end, which those that compare take together.
     # MAML++ has queries after each of two updates, Reptile none.
     passes = {"protonet": 1, "matching": 1, "meta_lstm": 4, "maml_pp": 4}
-    assert norm.num_batches_tracked == 3 * passes.get(kind, 2)
+    assert norm.num_batches_tracked.sum() == 3 * passes.get(kind, 2)
 
 
 def test_other_settings_for_the_same_weights() -> None:
@@ -441,6 +448,110 @@ def test_settings_survive_json(kind: str, settings: dict[str, Any]) -> None:
         LEARNERS[kind].from_dict({**values, "kind": "other"})
 
 
+class Recurrent(nn.Module):
+    """``vmap`` has no rule for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(2, 5, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.isnan().any():  # nor can it go on where a tensor decides
+            raise ValueError("not a number")
+        outputs: torch.Tensor = self.cell(x.unflatten(1, (2, 2)))[0]
+        return outputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backbones_that_cannot_be_vectorized_need_no_setting(kind: str) -> None:
+    learner = LEARNERS[kind](**SHORT.get(kind, {})).build(Recurrent(), LearnerShape(EXAMPLE, WAYS, CLASSES)).double()
+    if kind in EPISODIC:
+        assert meta_gradient(learner, episodes()).abs().max() > 0
+    assert evaluate(learner, episodes()).n == 3
+
+
+def test_attention_is_evaluated_as_it_is_trained() -> None:
+    """In evaluation torch has another way through it, without derivatives."""
+    layer = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.TransformerEncoderLayer(2, 1, 4, batch_first=True))
+    learner = MAMLConfig(first_order=True).build(layer, LearnerShape(EXAMPLE, WAYS)).double()
+    learner.meta_loss(episodes()).backward()
+    assert evaluate(learner, episodes()).n == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("layers", "buffer"),
+    [
+        ([nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, track_running_stats=True)], "1.running_mean"),
+        ([nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5))], "0.parametrizations.weight.0._u"),
+    ],
+)
+def test_state_that_a_fit_would_change_is_refused(kind: str, layers: list[nn.Module], buffer: str) -> None:
+    with pytest.raises(ValueError, match=f"a forward pass of the backbone changes its buffers {buffer}"):
+        LEARNERS[kind]().build(nn.Sequential(*layers), LearnerShape(EXAMPLE, WAYS, CLASSES))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backbones_that_do_not_fit_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"does not take examples of shape \(4,\)"):
+        LEARNERS[kind]().build(nn.Linear(3, 5), LearnerShape(EXAMPLE, WAYS, CLASSES))
+    for wrong in (Conv4, "conv4"):
+        with pytest.raises(TypeError, match=r"backbone must be a module, or settings such as Conv4\(\)"):
+            LEARNERS[kind]().build(wrong, LearnerShape(EXAMPLE, WAYS, CLASSES))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_what_was_fitted_can_be_copied_and_stored(kind: str, settings: dict[str, Any]) -> None:
+    learner, some = make(kind, **settings).eval(), episodes()
+    adapted = learner.fit(some.support_x, some.support_y)
+    expected = adapted.predict(some.query_x)
+    copies = copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))
+    with torch.no_grad():
+        for weight in learner.parameters():
+            weight.zero_()
+    for found in copies:
+        assert torch.equal(found.predict(some.query_x), expected)
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_a_learner_is_of_the_type_of_its_backbone(kind: str, settings: dict[str, Any]) -> None:
+    learner = LEARNERS[kind](**settings).build(backbone(), LearnerShape(EXAMPLE, WAYS, CLASSES), generator())
+    network = {weight.dtype for name, weight in learner.named_parameters() if "rule" not in name}
+    assert network == {torch.float64}
+    if not any("rule" in name for name, _ in learner.named_parameters()):
+        some = episodes()
+        assert learner.fit(some.support_x, some.support_y).predict(some.query_x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_brings_what_it_draws_to_the_type_of_the_weights(kind: str) -> None:
+    classes = ClassSet("noise", tuple(map(str, range(CLASSES))), torch.rand(6 * CLASSES, *EXAMPLE), (6,) * CLASSES)
+    source = TrainingSource(FewShotTask(classes, WAYS, 2, 2))
+    assert make(kind).training_step(source, generator()).dtype == torch.float64
+
+
+def test_frozen_parameters_are_not_adapted() -> None:
+    module = backbone()
+    frozen = module.get_parameter("body.0.weight").requires_grad_(False)
+    learner = MAMLConfig(adapted="all").build(module, LearnerShape(EXAMPLE, WAYS)).double()
+    assert isinstance(learner, InnerLoopLearner)
+    assert "backbone.body.0.weight" not in learner.adapted_names and "backbone.body.0.bias" in learner.adapted_names
+    learner.meta_loss(episodes()).backward()
+    own = learner.get_parameter("model.backbone.body.0.weight")
+    assert own.grad is None and torch.equal(own, frozen)
+
+
+def test_shapes_may_be_lists() -> None:
+    assert LearnerShape([4], 2) == LearnerShape((4,), 2)  # type: ignore[arg-type]
+    assert MLP([8, 8]) == MLP((8, 8))  # type: ignore[arg-type]
+
+
+def test_statistics_of_one_query_are_refused() -> None:
+    adapted = make("maml").eval().fit(SOME.support_x, SOME.support_y)
+    with pytest.raises(ValueError, match="statistics of one value: give it more examples together, or choose"):
+        adapted.predict(SOME.query_x[:, :1])
+
+
 def test_progress_is_part_of_the_state() -> None:
     learner, other = make("maml_pp"), make("maml_pp")
     learner.set_progress(0.25)
@@ -463,7 +574,11 @@ SOME = episodes()
         ("maml", (SOME.support_x[..., :2], SOME.support_y), r"with examples of shape \(4,\), got \(3, 6, 2\)"),
         ("maml", (SOME.support_x, SOME.support_y[:, :4]), "must agree in episodes and examples"),
         ("maml", (SOME.support_x[:0], SOME.support_y[:0]), "holds no episodes"),
-        ("protonet", (SOME.support_x[:, :0], SOME.support_y[:, :0], 3), "the support set is empty"),
+        ("protonet", (SOME.support_x[:, :0], SOME.support_y[:, :0], 3), "support_x holds no examples"),
+        ("maml", (SOME.support_x.byte(), SOME.support_y), r"support_x is torch.uint8, and examples must be floating"),
+        ("matching", (SOME.support_x.float(), SOME.support_y), r"float32, and the learner's weights are torch.float64"),
+        ("maml", (SOME.support_x, F.one_hot(SOME.support_y)), r"of one-hot labels, .argmax\(-1\)"),
+        ("maml", (SOME.support_x, SOME.support_y.numpy()), "the support labels must be a tensor, got ndarray"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind: str, arguments: Any, message: str) -> None:
@@ -477,6 +592,7 @@ def test_what_does_not_fit_is_refused(kind: str, arguments: Any, message: str) -
         (SOME.query_x[:2], "fitted to 3 episodes, and query_x holds 2"),
         (SOME.query_x[..., :3], r"examples of shape \(4,\), got \(3, 6, 3\)"),
         (SOME.query_x[:, :0], "query_x is empty"),
+        (SOME.query_x.float(), "query_x is torch.float32, and the support set was torch.float64"),
     ],
 )
 def test_queries_that_do_not_fit_are_refused(query: torch.Tensor, message: str) -> None:
@@ -505,9 +621,10 @@ def test_regression_and_classification_are_not_mixed_up() -> None:
     ("settings", "message"),
     [
         ({"normalization": "batch"}, "normalization must be one of"),
-        ({"episodes_at_once": 0}, "episodes_at_once must be at least 1"),
-        ({"steps": 0}, "steps must be positive"),
-        ({"test_steps": 0}, "test_steps must be positive"),
+        ({"episodes_at_once": 0}, "episodes_at_once must be a whole number of at least 1"),
+        ({"steps": 0}, "steps must be a whole number of at least 1"),
+        ({"steps": 1.5}, "steps must be a whole number of at least 1, got 1.5"),
+        ({"test_steps": 0}, "test_steps must be a whole number of at least 1"),
         ({"adapted": "tail"}, "adapted must be one of"),
         ({"inner_loss": "sum"}, "inner_loss must be one of"),
         ({"learning_rate": float("inf")}, "learning_rate must be positive and finite"),

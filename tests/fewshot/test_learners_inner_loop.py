@@ -291,6 +291,19 @@ def test_scalars_and_tied_weights_are_adapted_too(kind: str, at_once: int) -> No
 # Reptile.
 
 
+def test_running_averages_of_every_step_are_means_of_their_own() -> None:
+    """With ``momentum=None``, where the share of a new value depends on how many there have been."""
+    norm = nn.BatchNorm1d(4, momentum=None)
+    learner = MAMLPlusPlusConfig(steps=1, normalization="running").build(norm, LearnerShape((4,), 2)).double()
+    some = episodes(1, ways=2)
+    learner.meta_loss(some)
+    (own,) = batch_norms(learner).values()
+    assert own.running_mean is not None and own.running_var is not None
+    for row, x in enumerate((some.support_x[0], some.query_x[0])):
+        torch.testing.assert_close(own.running_mean[row], x.mean(0))
+        torch.testing.assert_close(own.running_var[row], x.var(0))
+
+
 def test_reptile_is_adam_without_momentum() -> None:
     """From a copied network and ``torch.optim.Adam``: the pseudo-gradient, and the second moments that go on."""
     config = ReptileConfig(steps=3, batch_size=6, learning_rate=0.02, beta2=0.9)

@@ -183,7 +183,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     next(run := FewShotRun(SINE, tmp_path).run())
     run.close()
     other = dataclasses.replace(SINE, learner=MAMLConfig(learning_rate=0.02))
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(learner\)"):
+    with pytest.raises(ValueError, match=r"other settings \(learner.learning_rate was 0.01, is 0.02\)"):
         FewShotRun(other, tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"damage")
     with pytest.raises(ValueError, match="damaged or no checkpoint"):
@@ -196,6 +196,14 @@ def test_files_that_are_not_a_runs_stay_as_they_are(name: str, content: str, tmp
     with pytest.raises(ValueError, match=f"has a {name} that is not of a run of tiny: choose another folder"):
         FewShotRun(SINE, tmp_path)
     assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_killed_while_it_describes_itself_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", lambda *paths: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            FewShotRun(SINE, tmp_path)
+    finish(FewShotRun(SINE, tmp_path))
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
@@ -389,7 +397,7 @@ def test_training_begins_with_a_backbone_that_was_trained_before(kind: str, blob
             assert torch.equal(value, runs[1].learner.state_dict()[key]), key
     finish(runs[0])
     same(runs[0], FewShotRun(recipe, tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"other settings \(start\)"):
+    with pytest.raises(ValueError, match=r"other settings \(start was '.*tiny', is None\)"):
         FewShotRun(fresh, tmp_path / "run")
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt.fewshot.episodes import Episodes
-from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape, Part, episode_losses
+from learnedopt.fewshot.learner import (
+    Learner,
+    LearnerConfig,
+    LearnerShape,
+    Part,
+    check_stateless,
+    episode_losses,
+    feature_size,
+)
 from learnedopt.fewshot.normalization import Normalization, Statistics, episodic
 from learnedopt.fewshot.vectorized import Network, apply
 
@@ -28,13 +36,21 @@ class EmbeddingConfig(LearnerConfig):
 
 @dataclass(frozen=True, eq=False)
 class Compared(Part):
-    """A support set, and how queries are compared with it."""
+    """A support set that queries are compared with."""
 
-    embed: Callable[[Tensor], tuple[Tensor, Tensor]]
-    compare: Callable[[Tensor, Tensor], Tensor]
+    learner: EmbeddingLearner
+    support_x: Tensor
+    support_y: Tensor
+    ways: int
+    features: Tensor | None
+    """Of the support set, where they do not depend on the queries."""
 
     def predict(self, query_x: Tensor) -> Tensor:
-        return self.compare(*self.embed(query_x))
+        if self.features is None:
+            support, query = self.learner.embed_together(self.support_x, query_x)
+        else:
+            support, query = self.features, self.learner.embed(query_x, running=True)
+        return self.learner.logits(support, self.support_y, query, self.ways)
 
 
 class EmbeddingLearner(Learner):
@@ -44,7 +60,7 @@ class EmbeddingLearner(Learner):
         config: Settings.
         backbone: Becomes part of the learner.
         shape: What the learner is made for.
-        head: A read-out that pretraining needs and episodes do not.
+        outputs: Of a read-out that pretraining needs and episodes do not, if there is to be one.
     """
 
     config: EmbeddingConfig
@@ -53,10 +69,13 @@ class EmbeddingLearner(Learner):
     shares_weights = True
 
     def __init__(
-        self, config: EmbeddingConfig, backbone: nn.Module, shape: LearnerShape, head: nn.Module | None = None
+        self, config: EmbeddingConfig, backbone: nn.Module, shape: LearnerShape, outputs: int | None = None
     ) -> None:
         super().__init__(config, shape)
-        self.model = Network(episodic(backbone, track=True), head or nn.Identity())
+        self.features = feature_size(backbone, shape.example_shape)
+        head = nn.Identity() if outputs is None else nn.Linear(self.features, outputs)
+        self.model = Network(episodic(backbone, track=True), head.to(next(backbone.parameters(), torch.empty(0))))
+        check_stateless(self.model.backbone, shape.example_shape)
 
     @abstractmethod
     def logits(self, support: Tensor, support_y: Tensor, query: Tensor, ways: int) -> Tensor:
@@ -64,45 +83,37 @@ class EmbeddingLearner(Learner):
 
     def fit_part(self, support_x: Tensor, support_y: Tensor, ways: int | None) -> Part:
         assert ways is not None
-        if self.config.normalization == "running" and not self.training:
-            support = self._features(support_x, running=True).detach()
-
-            def embed(query_x: Tensor) -> tuple[Tensor, Tensor]:
-                return support, self._features(query_x, running=True)
-
-        else:
-
-            def embed(query_x: Tensor) -> tuple[Tensor, Tensor]:
-                return self._embed_together(support_x, query_x)
-
-        return Compared(embed, lambda support, query: self.logits(support, support_y, query, ways))
+        alone = self.config.normalization == "running" and not self.training
+        features = self.embed(support_x, running=True).detach() if alone else None
+        return Compared(self, support_x, support_y, ways, features)
 
     def losses(self, episodes: Episodes) -> Tensor:
         if not self.training:
             return super().losses(episodes)
         assert episodes.ways is not None
         used: list[Statistics] = []
-        support, query = self._embed_together(episodes.support_x, episodes.query_x, used.append)
+        support, query = self.embed_together(episodes.support_x, episodes.query_x, used.append)
         for statistics in used:
             for norm, (means, variances) in statistics.items():
                 for mean, variance in zip(means, variances):
                     norm.track(mean, variance)
         return episode_losses(self.logits(support, episodes.support_y, query, episodes.ways), episodes.query_y)
 
-    def _embed_together(
+    def embed_together(
         self, support_x: Tensor, query_x: Tensor, record: Callable[[Statistics], None] | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Features of both, which pass through the network as one batch."""
         count = support_x.shape[1]
         rows = count if self.config.normalization == "support" else None
-        together = self._features(torch.cat([support_x, query_x], dim=1), rows=rows, record=record)
+        together = self.embed(torch.cat([support_x, query_x], dim=1), rows=rows, record=record)
         return together[:, :count], together[:, count:]
 
-    def _features(
+    def embed(
         self,
         x: Tensor,
         rows: int | None = None,
         running: bool = False,
         record: Callable[[Statistics], None] | None = None,
     ) -> Tensor:
-        """``(E, n, *example)`` to ``(E, n, d)``."""
+        """Features: ``(E, n, *example)`` to ``(E, n, d)``."""
         return apply(self.model.backbone, {}, x, rows=rows, running=running, record=record).flatten(2)

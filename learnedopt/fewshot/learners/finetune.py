@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from learnedopt.fewshot.config import check_positive
+from learnedopt.fewshot.config import check_count, check_positive
 from learnedopt.fewshot.episodes import EpisodeList, Episodes, TrainingSource
 from learnedopt.fewshot.evaluate import evaluate
-from learnedopt.fewshot.learner import LearnerShape, feature_size
+from learnedopt.fewshot.learner import LearnerShape
 from learnedopt.fewshot.learners.embedding import EmbeddingConfig, EmbeddingLearner
 from learnedopt.fewshot.learners.inner_loop import InnerLoopConfig, InnerLoopLearner, Params, Record
 from learnedopt.fewshot.normalization import Normalization
@@ -41,7 +41,8 @@ class FinetuneConfig(InnerLoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "learning_rate", "batch_size")
+        check_positive(self, "learning_rate")
+        check_count(self, "batch_size")
         if self.readout != "per_class":
             raise ValueError("fine-tuning begins with a read-out of zeros for every class: readout must be 'per_class'")
         if not 0 <= self.decay < float("inf"):
@@ -128,7 +129,7 @@ class NearestNeighbourConfig(EmbeddingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "batch_size")
+        check_count(self, "batch_size")
 
     def make(self, backbone: nn.Module, shape: LearnerShape) -> NearestNeighbour:
         return NearestNeighbour(self, backbone, shape)
@@ -147,8 +148,7 @@ class NearestNeighbour(EmbeddingLearner):
     config: NearestNeighbourConfig
 
     def __init__(self, config: NearestNeighbourConfig, backbone: nn.Module, shape: LearnerShape) -> None:
-        head = nn.Linear(feature_size(backbone, shape.example_shape), pretraining_outputs(config.kind, shape))
-        super().__init__(config, backbone, shape, head)
+        super().__init__(config, backbone, shape, pretraining_outputs(config.kind, shape))
 
     def training_step(self, source: TrainingSource, generator: Generator) -> Tensor:
         return pretraining_loss(self.model, source, self.config.batch_size, generator)

@@ -12,13 +12,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from learnedopt.fewshot.config import check_choice, check_positive
+from learnedopt.fewshot.config import check_choice, check_count
 from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.learner import (
     Learner,
     LearnerConfig,
     LearnerShape,
     Part,
+    check_stateless,
     episode_losses,
     feature_size,
 )
@@ -62,9 +63,7 @@ class InnerLoopConfig(LearnerConfig):
         check_choice("adapted", self.adapted, ("all", "all_but_norm", "head"))
         check_choice("readout", self.readout, ("per_class", "shared"))
         check_choice("inner_loss", self.inner_loss, ("mean", "sum_over_classes"))
-        check_positive(self, "steps")
-        if self.test_steps is not None:
-            check_positive(self, "test_steps")
+        check_count(self, "steps", *(["test_steps"] if self.test_steps is not None else []))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +124,10 @@ class InnerLoopLearner(Learner):
         track = config.normalization == "running" if track is None else track
         head = nn.Linear(features, outputs or shape.ways or shape.outputs)
         self.model = Network(episodic(backbone, track), head.to(next(backbone.parameters(), head.weight)))
+        check_stateless(self.model.backbone, shape.example_shape)
         self.norms = batch_norms(self.model)
         norms = {f"{norm}.{name}" for norm in self.norms for name in ("weight", "bias")}
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, value in self.model.named_parameters() if value.requires_grad]
         self.tied = tied_names(self.model)
         if config.adapted == "all_but_norm":
             names = [name for name in names if name not in norms]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from learnedopt.fewshot.episodes import Episodes
@@ -94,14 +93,15 @@ class MAMLPlusPlus(MAML):
     def __init__(self, config: MAMLPlusPlusConfig, backbone: nn.Module, shape: LearnerShape) -> None:
         super().__init__(config, backbone, shape)
         if config.learned_rates:
-            self.rates = nn.Parameter(torch.full((config.steps, len(self.adapted_names)), config.learning_rate))
+            like = next(self.model.parameters())
+            self.rates = nn.Parameter(like.new_full((config.steps, len(self.adapted_names)), config.learning_rate))
         for norm in self.norms.values():
             if config.per_step_norm_weights and norm.affine:
                 for name, value in list(norm.named_parameters()):
                     setattr(norm, name, nn.Parameter(value.detach().repeat(config.steps + 1, 1)))
-            if config.per_step_norm_statistics and norm.running_mean is not None and norm.running_var is not None:
-                norm.running_mean = norm.running_mean.repeat(config.steps + 1, 1)
-                norm.running_var = norm.running_var.repeat(config.steps + 1, 1)
+            if config.per_step_norm_statistics:
+                for name, average in list(norm.named_buffers()):
+                    setattr(norm, name, average.repeat(config.steps + 1, *[1] * average.ndim))
 
     @property
     def second_order(self) -> bool:

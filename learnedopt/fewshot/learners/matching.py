@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learnedopt.fewshot.config import check_positive
-from learnedopt.fewshot.learner import LearnerShape, feature_size
+from learnedopt.fewshot.config import check_count, check_positive
+from learnedopt.fewshot.learner import LearnerShape
 from learnedopt.fewshot.learners.embedding import EmbeddingConfig, EmbeddingLearner
 from learnedopt.fewshot.learners.finetune import cosine_similarities
 
@@ -33,7 +33,8 @@ class MatchingConfig(EmbeddingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "attention_steps", "scale")
+        check_count(self, "attention_steps")
+        check_positive(self, "scale")
 
     def make(self, backbone: nn.Module, shape: LearnerShape) -> MatchingNetwork:
         return MatchingNetwork(self, backbone, shape)
@@ -62,13 +63,13 @@ class MatchingNetwork(EmbeddingLearner):
     config: MatchingConfig
 
     def __init__(self, config: MatchingConfig, backbone: nn.Module, shape: LearnerShape) -> None:
-        size = feature_size(backbone, shape.example_shape)
         super().__init__(config, backbone, shape)
+        like, size = next(backbone.parameters(), torch.empty(0)), self.features
         if config.learned_scale:
-            self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+            self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)).to(like))
         if config.full_context:
-            self.support_lstm = nn.LSTM(size, size, batch_first=True, bidirectional=True)
-            self.query_lstm = nn.LSTMCell(2 * size, size)
+            self.support_lstm = nn.LSTM(size, size, batch_first=True, bidirectional=True).to(like)
+            self.query_lstm = nn.LSTMCell(2 * size, size).to(like)
 
     def logits(self, support: Tensor, support_y: Tensor, query: Tensor, ways: int) -> Tensor:
         if self.config.full_context:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from learnedopt.fewshot.config import check_positive
+from learnedopt.fewshot.config import check_count, check_positive
 from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.learner import LearnerShape
 from learnedopt.fewshot.learners.inner_loop import (
@@ -43,7 +43,8 @@ class ReptileConfig(InnerLoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "learning_rate", "batch_size", "test_batch_size")
+        check_positive(self, "learning_rate")
+        check_count(self, "batch_size", "test_batch_size")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2 must be at least 0 and below 1, got {self.beta2}")
         if self.adapted != "all":
