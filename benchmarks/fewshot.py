@@ -48,6 +48,8 @@ from learnedopt.fewshot.learners import FinetuneConfig, NearestNeighbourConfig
 from learnedopt.fewshot.learners.embedding import EmbeddingLearner
 
 RESULTS = Path(__file__).parent / "results"
+_COMMON = 600
+"""Episodes that every method has been judged on; some, where a figure is near what it is aimed at, on more."""
 Setting = tuple[int, int]
 """Ways and shots."""
 OMNIGLOT_SETTINGS: tuple[Setting, ...] = ((5, 1), (5, 5), (20, 1), (20, 5))
@@ -521,13 +523,13 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
     lines = [
         f"# {table.title}",
         "",
-        f"Accuracy in per cent on 600 or more frozen test episodes: {table.about}; ± 95 % over episodes; sd: standard "
-        "deviation over training seeds. *Transductive*: batch normalization saw all queries of an episode together. "
-        "*Steps*: done of those that the run was begun for. *Seconds*: of training by the clock, on one core shared "
-        "with other programs; where a row is pretrained, without what it begins with. *Short by*: points below what is "
-        "aimed at, the figure that independent code reproduces, or for methods with one figure only, one point below "
-        "that; for the meta-LSTM, the best of the baselines, as they are usually run, by the same batch statistics, "
-        "and pretrained longer. *Not trained yet*: or not judged yet.",
+        f"Accuracy in per cent on {_COMMON} or more frozen test episodes: {table.about}; ± 95 % over episodes; sd: "
+        "standard deviation over training seeds. *Transductive*: batch normalization saw all queries of an episode "
+        "together. *Steps*: done of those that the run was begun for. *Seconds*: of training by the clock, on one core "
+        "shared with other programs; where a row is pretrained, without what it begins with. *Short by*: points below "
+        "what is aimed at, the figure that independent code reproduces, or for methods with one figure only, one point "
+        "below that; for the meta-LSTM, the best of the baselines, as they are usually run, by the same batch "
+        "statistics, and pretrained longer. *Not trained yet*: or not judged yet.",
         "",
         *overview(table, results),
         "",
@@ -589,8 +591,11 @@ def image_table(table: Table, results: dict[str, Any]) -> str:
 
 
 def overview(table: Table, results: dict[str, Any]) -> list[str]:
-    """A line per method, its accuracies alone."""
+    """A line per method, its accuracies alone, all on the same episodes."""
     lines = [
+        f"On the first {_COMMON} episodes, which all methods were judged on; what they are short by is counted on all "
+        "that a method was judged on.",
+        "",
         f"| method | transductive | {' | '.join(f'{ways}-way {shots}-shot' for ways, shots in table.settings)} |",
         "|---|---|" + "--:|" * len(table.settings),
     ]
@@ -600,7 +605,7 @@ def overview(table: Table, results: dict[str, Any]) -> list[str]:
             continue
         below = [_below(table, row, index, results) if found[index] else 0.0 for index in range(len(found))]
         cells = [
-            f"{_mean(entries):.2f}{f' (short by {short:.2f})' * (short > 0)}" if entries else ""
+            f"{_mean(entries, _COMMON):.2f}{f' (short by {short:.2f})' * (short > 0)}" if entries else ""
             for entries, short in zip(found, below)
         ]
         transductive = next("yes" if entries[0]["transductive"] else "no" for entries in found if entries)
@@ -614,7 +619,8 @@ def _below(table: Table, row: Row, index: int, results: dict[str, Any]) -> float
     rivals = [_entries(results, rows[label], *table.settings[index]) for label in row.above if label in rows]
     aim = (row.targets[index] if row.targets else None) or 0.0
     found = _mean(_entries(results, row, *table.settings[index]))
-    return max([aim, *(_mean(rival) for rival in rivals if rival)]) - found
+    ours = _mean(_entries(results, row, *table.settings[index]), _COMMON)
+    return max([aim - found, *(_mean(rival, _COMMON) - ours for rival in rivals if rival)])
 
 
 def comparison(table: Table, results: dict[str, Any]) -> list[str]:
@@ -664,15 +670,23 @@ def _judged(entries: list[dict[str, Any]]) -> Evaluation | None:
     return None
 
 
-def _mean(entries: list[dict[str, Any]]) -> float:
-    """Of the accuracies in per cent, over seeds."""
-    return 100 * statistics.fmean(entry["mean"] for entry in entries)
+def _mean(entries: list[dict[str, Any]], first: int | None = None) -> float:
+    """Of the accuracies in per cent, over seeds; on the first of the episodes, where there are more."""
+    means = [entry["mean"] for entry in entries]
+    if first is not None:
+        means = [
+            statistics.fmean(map(float, entry["episodes"].split()[:first])) if entry["n"] > first else mean
+            for entry, mean in zip(entries, means)
+        ]
+    return 100 * statistics.fmean(means)
 
 
 def _accuracy(entries: list[dict[str, Any]]) -> str:
     """Mean over seeds, with the widest interval over episodes and the deviation over seeds."""
     means = [100 * entry["mean"] for entry in entries]
     text = f"{statistics.fmean(means):.2f} ± {100 * max(entry['ci95'] for entry in entries):.2f}"
+    if (episodes := min(entry["n"] for entry in entries)) > _COMMON:
+        text += f" ({episodes} episodes)"
     return text if len(means) < 2 else f"{text}, sd {statistics.stdev(means):.2f} ({len(means)} seeds)"
 
 
@@ -721,7 +735,7 @@ def main() -> None:
             command.add_argument("--steps", type=int, help="train for so many steps, in place of the recipe's")
             command.add_argument("--time-limit", type=float, default=float("inf"), help="seconds for each run")
         if name == "evaluate":
-            command.add_argument("--episodes", type=int, default=600)
+            command.add_argument("--episodes", type=int, default=_COMMON)
             command.add_argument("--ways", type=int, nargs="+", default=[5, 20], help="settings to judge, on images")
             command.add_argument("--shots", type=int, nargs="+", default=[1, 5], help="likewise")
     arguments = parser.parse_args()

@@ -167,7 +167,7 @@ REPTILE_20 = ReptileConfig(learning_rate=5e-4, steps=10, batch_size=20, test_bat
 
 RECIPES = [
     recipe("protonet-1shot", "Prototypical network", ProtoNetConfig(), POOLED, (60, 1, 5), (20, 1), 6000, **FALLING),
-    recipe("protonet-5shot", "Prototypical network", ProtoNetConfig(), POOLED, (60, 5, 5), (20, 5), 4000, **FALLING),
+    recipe("protonet-5shot", "Prototypical network", ProtoNetConfig(), POOLED, (60, 5, 5), (20, 5), 9000, **FALLING),
     # The network of MAML, which can begin with it.
     recipe(
         "protonet-strided",
