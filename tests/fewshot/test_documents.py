@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import Namespace
 from dataclasses import replace
@@ -22,6 +23,7 @@ from benchmarks.fewshot import (
     runs,
     sinusoid_table,
     summary,
+    train,
 )
 from learnedopt.fewshot import (
     DATASETS,
@@ -37,6 +39,7 @@ from learnedopt.fewshot import (
     FewShotTrainConfig,
     LearnerShape,
     evaluate,
+    learner_info,
     load_recipes,
     load_split,
 )
@@ -117,6 +120,38 @@ def test_tables_hold_what_was_measured_and_what_is_missing(monkeypatch: pytest.M
     assert " omniglot-meta-lstm-5way-1shot " in table, "short, and to be gone on with"
     assert "| MAML, transductive | 5-way 5-shot | not trained yet |" in table and " omniglot-maml-5way-5shot " in table
     assert "| MAML | 5-shot, 1 step(s) | not finite | not finite | 1 | 2 | 7 of 9 |" in sinusoid_table(results)
+
+
+def test_what_was_judged_on_more_episodes_is_compared_on_the_common_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run = {"step": 9, "steps": 9, "seconds": 3, "seed": 0, "setting": "5-way 1-shot"}
+    longer = summary(Evaluation("accuracy", (0.95,) * 600 + (1.0,) * 600, 0, transductive=True))
+    shorter = summary(Evaluation("accuracy", (0.96,) * 600, 0, transductive=True))
+    entries = {
+        "a": {**run, **longer, "label": "MAML, transductive", "recipe": "omniglot-maml-5way-1shot"},
+        "b": {**run, **longer, "label": "meta-LSTM", "recipe": "omniglot-meta-lstm-5way-1shot"},
+        "c": {**run, **shorter, "label": "baseline-finetune", "recipe": "omniglot-finetune"},
+    }
+    table = image_table(TABLES["omniglot"], {"command": "this", "torch": "2", "entries": entries})
+    assert "| MAML, transductive | yes | 95.00 (short by 0.60) |" in table, "of what is published, on all episodes"
+    assert "| MAML, transductive | 5-way 1-shot | 97.50 ± 0.14 (1200 episodes) | 0.60 |" in table
+    assert "| meta-LSTM | yes | 95.00 (short by 1.00) |" in table, "of a baseline, on the same episodes"
+    assert "| baseline-finetune | yes | 96.00 |" in table
+
+
+def test_further_seeds_begin_with_a_run_of_the_same_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shape, training = EpisodeShape(5, 1, 2), FewShotTrainConfig(1, validation_episodes=2)
+    parts = ("glyphs", FinetuneConfig(steps=1), Conv4(width=2), shape, shape, training)
+    first = FewShotRecipe("first", "before", *parts)
+    second = FewShotRecipe("second", "after", *parts, start="first")
+    monkeypatch.setattr("benchmarks.fewshot.load_recipes", lambda: {"first": first, "second": second})
+    arguments = Namespace(runs=tmp_path, root=None, steps=None, time_limit=float("inf"), seeds=[1])
+    for name in ("first", "second"):
+        train(Namespace(**vars(arguments), recipe=[name]))
+    started = Path(json.loads((tmp_path / "second-seed1" / "config.json").read_text())["start"])
+    assert started == tmp_path / "seed1" / "first" and learner_info(started).training["settings"]["seed"] == 1
+    found = {(name, seed, run.finished) for name, seed, run in runs(Namespace(runs=tmp_path, recipe=[], root=None))}
+    assert found == {("first", 1, True), ("second", 1, True)}
 
 
 def test_runs_are_found_with_the_seed_and_the_steps_that_they_were_begun_with(
