@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from learnedopt.fewshot.config import check_count, check_positive
 from learnedopt.fewshot.episodes import EpisodeList, Episodes, TrainingSource
-from learnedopt.fewshot.evaluate import evaluate
+from learnedopt.fewshot.evaluate import best_settings
 from learnedopt.fewshot.learner import LearnerShape
 from learnedopt.fewshot.learners.embedding import EmbeddingConfig, EmbeddingLearner
 from learnedopt.fewshot.learners.inner_loop import InnerLoopConfig, InnerLoopLearner, Params, Record
@@ -108,13 +108,8 @@ class Finetune(InnerLoopLearner):
 
     def choose_settings(self, episodes: Episodes | EpisodeList) -> dict[str, Any]:
         """Take the learning rate and the decay that are best on these episodes (the mean accuracy; median error)."""
-        best, chosen = -float("inf"), {}
-        for rate, decay in itertools.product(self.config.learning_rates, self.config.decays):
-            settings = {"learning_rate": rate, "decay": decay}
-            result = evaluate(self.with_config(**settings), episodes)
-            score = result.mean if result.metric == "accuracy" else -result.median
-            if score > best:
-                best, chosen = score, settings
+        pairs = itertools.product(self.config.learning_rates, self.config.decays)
+        chosen = best_settings(self, ({"learning_rate": rate, "decay": decay} for rate, decay in pairs), episodes)
         self.config = self.with_config(**chosen).config
         return chosen
 

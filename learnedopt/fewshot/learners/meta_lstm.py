@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from learnedopt.fewshot.episodes import EpisodeList, Episodes
+from learnedopt.fewshot.evaluate import best_settings
 from learnedopt.fewshot.learner import LearnerShape
 from learnedopt.fewshot.learners.inner_loop import InnerLoopConfig, InnerLoopLearner, Params, Record, flatten, unflatten
 from learnedopt.kernels import extension
@@ -34,9 +38,16 @@ class MetaLSTMLearnerConfig(InnerLoopConfig):
     too (Huisman et al. 2022, arXiv:2104.10527)."""
     rule: MetaLSTMConfig = PUBLISHED
     """The LSTM. Its ``learner_shapes`` must be empty: the network's parameters are the learned initialization."""
+    gate_shift: float = 0.0
+    """Added in evaluation to the bias of the input gate: below zero steps are smaller than the LSTM has learned, above
+    it larger. To be chosen on validation, which :meth:`MetaLSTMLearner.choose_settings` does, as fine-tuning's rate."""
+    gate_shifts: tuple[float, ...] = (0.0,)
+    """What to choose from; of one alone nothing is chosen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.gate_shifts or not all(math.isfinite(shift) for shift in (self.gate_shift, *self.gate_shifts)):
+            raise ValueError(f"gate shifts must be finite, at least one, got {self.gate_shift} and {self.gate_shifts}")
         if self.rule.learner_shapes:
             raise ValueError("leave learner_shapes of the rule empty: the network's own shapes are used")
 
@@ -77,8 +88,9 @@ class MetaLSTMLearner(InnerLoopLearner):
         theta = flatten(params)
         segments = Segments([value[0].numel() for value in params.values()], copies=len(x))
         state = self.rule.init_state(segments, theta.dtype, theta.device)
-        on_cpu = theta.device.type == "cpu"
-        rule = fused(self.rule) if on_cpu and extension.why_unavailable() is None else self.rule
+        rule = self.rule if self.training or not self.config.gate_shift else self._shifted()
+        if theta.device.type == "cpu" and extension.why_unavailable() is None:
+            rule = fused(rule)
         for step in range(self.steps):
             loss, grads = self.loss_and_grad(params, step, support, y, ways, second_order, record)
             with torch.set_grad_enabled(self.differentiable):
@@ -86,6 +98,20 @@ class MetaLSTMLearner(InnerLoopLearner):
                 theta = theta + delta.view_as(theta)
                 params = unflatten(theta, params)
             yield params
+
+    def choose_settings(self, episodes: Episodes | EpisodeList) -> dict[str, Any]:
+        """Take the shift of the input gate that is best on these episodes (the mean accuracy; median error)."""
+        shifts = self.config.gate_shifts
+        candidates = [{"gate_shift": shift} for shift in shifts]
+        chosen = candidates[0] if len(candidates) == 1 else best_settings(self, candidates, episodes)
+        self.config = self.with_config(**chosen).config
+        return chosen
+
+    def _shifted(self) -> MetaLSTMRule:
+        rule = copy.deepcopy(self.rule)
+        with torch.no_grad():
+            rule.input_gate.bias.add_(self.config.gate_shift)
+        return rule
 
     def export_rule(self) -> MetaLSTMRule:
         """The rule with its learned initialization, a copy: what :func:`learnedopt.zoo.save_rule` writes.
@@ -96,6 +122,6 @@ class MetaLSTMLearner(InnerLoopLearner):
         rule = MetaLSTMRule(replace(self.config.rule, learner_shapes=tuple(tuple(value.shape) for value in start)))
         rule = rule.to(start[0])
         rule.load_state_dict(
-            {**self.rule.state_dict(), "c0": torch.cat([value.flatten() for value in start])}, assign=False
+            {**self._shifted().state_dict(), "c0": torch.cat([value.flatten() for value in start])}, assign=False
         )
         return rule
