@@ -48,6 +48,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("matching", {"learned_scale": True, "scale": 4.0}),
     ("maml_pp", {"learned_rates": False, "per_step_norm_weights": False, "per_step_norm_statistics": False}),
     ("meta_lstm", {"first_order": False, "steps": 3}),
+    ("meta_lstm", {"gate_shift": -0.5, "gate_shifts": (-0.5, 0.5)}),
     ("finetune", {"adapted": "head"}),
     ("meta_lstm", {"adapted": "head", "readout": "shared"}),
     ("meta_sgd", {"readout": "shared"}),

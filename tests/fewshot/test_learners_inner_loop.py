@@ -214,13 +214,15 @@ def test_equal_rates_make_meta_sgd_maml() -> None:
 # The meta-LSTM.
 
 
-@pytest.mark.parametrize("steps", [12, 5])
+@pytest.mark.parametrize(("steps", "shift"), [(12, 0.0), (5, -0.7)])
 @pytest.mark.parametrize("feedback", ["gate", "preactivation"])
 @pytest.mark.parametrize("readout", ["per_class", "shared"])
-def test_the_meta_lstm_updates_as_its_optimizer_does(steps: int, feedback: str, readout: str, tmp_path: Any) -> None:
+def test_the_meta_lstm_updates_as_its_optimizer_does(
+    steps: int, shift: float, feedback: str, readout: str, tmp_path: Any
+) -> None:
     """``MetaLSTMOptimizer`` in a plain training loop arrives where ``fit`` does, also by way of the zoo."""
     rule = MetaLSTMConfig(gate_feedback=feedback, gradient_divisor=2.0)  # type: ignore[arg-type]
-    config = MetaLSTMLearnerConfig(steps=steps, readout=readout, rule=rule)  # type: ignore[arg-type]
+    config = MetaLSTMLearnerConfig(steps=steps, readout=readout, rule=rule, gate_shift=shift)  # type: ignore[arg-type]
     learner = config.build(backbone(), LearnerShape((4,), 3), generator()).eval()
     assert isinstance(learner, MetaLSTMLearner)
     draws = generator(5)
@@ -230,6 +232,11 @@ def test_the_meta_lstm_updates_as_its_optimizer_does(steps: int, feedback: str, 
     some = episodes(1).to(dtype=torch.float32)
     learner = learner.float()
     weights = adapted_weights(learner, some)
+    moved = learner.with_config(gate_shift=0.0)
+    with torch.no_grad():
+        moved.rule.input_gate.bias.add_(shift)
+        torch.testing.assert_close(adapted_weights(moved, some), weights)
+        moved.rule.input_gate.bias.sub_(shift)
 
     entry = zoo.save_rule(
         learner.export_rule(), tmp_path / "one", name="one", description="A test.", card="#", meta_training={}
@@ -247,6 +254,27 @@ def test_the_meta_lstm_updates_as_its_optimizer_does(steps: int, feedback: str, 
         optimizer.step(loss=loss)
     for value, expected in zip(network.parameters(), weights.values()):
         torch.testing.assert_close(value.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_meta_lstm_chooses_its_gate_on_validation() -> None:
+    """And is trained without: what it learns is the gate."""
+    draws = generator()
+    images = 3 * torch.rand(7, 1, 4, generator=draws) + 0.1 * torch.rand(7, 6, 4, generator=draws)
+    task = FewShotTask(ClassSet("toy", tuple("abcdefg"), images.flatten(0, 1), (6,) * 7), 3, 2, 3)
+    rule = MetaLSTMConfig(input_bias=(-30.0, -30.0), forget_bias=(30.0, 30.0))  # stays where it begins
+    learner = make("meta_lstm", rule=rule, gate_shifts=(0.0, 30.0), normalization="support").float()
+    gradient = meta_gradient(learner, next(task.frozen(2).batches(2)))
+    learner.eval()
+    assert learner.choose_settings(task.frozen(8)) == {"gate_shift": 30.0}
+    assert isinstance(learner.config, MetaLSTMLearnerConfig) and learner.config.gate_shift == 30.0
+    assert evaluate(learner, task.frozen(8)).mean > evaluate(learner.with_config(gate_shift=0.0), task.frozen(8)).mean
+    learner.train()
+    assert torch.equal(meta_gradient(learner, next(task.frozen(2).batches(2))), gradient)
+    fixed = make("meta_lstm", gate_shift=-1.0)
+    assert fixed.choose_settings(episodes()) == {} and fixed.config == fixed.with_config(gate_shift=-1.0).config
+    for wrong in ({"gate_shift": float("nan")}, {"gate_shifts": ()}, {"gate_shifts": (float("inf"),)}):
+        with pytest.raises(ValueError, match="gate shifts must be finite, at least one"):
+            make("meta_lstm", **wrong)
 
 
 def test_the_meta_lstm_starts_as_published() -> None:

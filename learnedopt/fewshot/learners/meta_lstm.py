@@ -101,9 +101,9 @@ class MetaLSTMLearner(InnerLoopLearner):
 
     def choose_settings(self, episodes: Episodes | EpisodeList) -> dict[str, Any]:
         """Take the shift of the input gate that is best on these episodes (the mean accuracy; median error)."""
-        shifts = self.config.gate_shifts
-        candidates = [{"gate_shift": shift} for shift in shifts]
-        chosen = candidates[0] if len(candidates) == 1 else best_settings(self, candidates, episodes)
+        if len(self.config.gate_shifts) == 1:
+            return {}
+        chosen = best_settings(self, ({"gate_shift": shift} for shift in self.config.gate_shifts), episodes)
         self.config = self.with_config(**chosen).config
         return chosen
 
