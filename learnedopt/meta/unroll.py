@@ -104,7 +104,7 @@ def start_episode(rule: UpdateRule, task: Task, generator: Generator) -> Episode
     flat = FlatTask(task, params)
     theta = flat.flatten(params).to(like)
     loss, grad = flat.loss_and_grad(theta, task.sample(generator))
-    state = rule.init_state(flat.segments, dtype=like.dtype, device=like.device)
+    state = rule.init_state(flat.segments, dtype=like.dtype, device=like.device, param=theta.flatten())
     return Episode(flat, theta, state, loss, grad, initial_loss=loss)
 
 

@@ -84,6 +84,7 @@ class AdamLSTMRule(UpdateRule):
     config_class = AdamLSTMConfig
     config: AdamLSTMConfig
     zero_gradient_is_noop = True
+    reads_param = False
 
     def __init__(self, config: AdamLSTMConfig | None = None) -> None:
         super().__init__(config or AdamLSTMConfig())
@@ -131,7 +132,13 @@ class AdamLSTMRule(UpdateRule):
         return torch.stack([1.0 / (1.0 - decay**step) for decay in decays])
 
     def statistics(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        own_grad: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         corrections = self.corrections(state)
         _, (a, b, g) = self._directions(grad, state, segments.expand(corrections))

@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Shape of one state entry, without its last axis; every entry starts at zero.
+    """Shape of one state entry, without its last axis.
 
     ``scope`` says what the last axis counts: ``"coordinate"`` (N of them) or ``"tensor"`` (S of them).
     """
@@ -36,6 +36,9 @@ class StateSpec:
     """What becomes of the entry when the basis turns in which its tensor is written. ``"direction"``: it is one in the
     space of the parameters, such as a momentum, and is written in the new basis. ``"square"``: it is a mean of squares,
     and new coordinates have those of their parts. ``"column"``: it stays with the column of its coordinate."""
+    starts_at: Literal["zero", "param"] = "zero"
+    """``"param"``: the entry is a point in the space of the parameters, and starts as a copy of them. It is always in
+    their own coordinates, and only :meth:`UpdateRule.statistics` reads it."""
 
 
 class Segments:
@@ -136,6 +139,8 @@ class UpdateRule(nn.Module):
     """Whether :meth:`statistics` reads the training loss."""
     zero_gradient_is_noop: ClassVar[bool] = False
     """Whether a parameter whose gradients have all been zero is left exactly where it is."""
+    reads_param: ClassVar[bool] = True
+    """Whether :meth:`forward` reads the parameters. In bases, one that does not is given zeros."""
 
     config: RuleConfig
 
@@ -166,9 +171,21 @@ class UpdateRule(nn.Module):
         return {}
 
     def init_state(
-        self, segments: Segments, dtype: torch.dtype | None = None, device: torch.device | None = None
+        self,
+        segments: Segments,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        *,
+        param: Tensor | None = None,
     ) -> State:
-        """A state of zeros for the coordinates of ``segments``."""
+        """The state before the first step, for the coordinates of ``segments``.
+
+        Args:
+            param: Flat parameters, ``(N,)``; only for rules with entries that start at them.
+
+        Raises:
+            ValueError: the rule has such entries, and ``param`` is missing.
+        """
         count = {"coordinate": segments.num_coordinates, "tensor": segments.num_segments}
         shapes = [(*spec.shape, count[spec.scope]) for spec in self.state_spec().values()]
         sizes: dict[str, int] = {}
@@ -176,10 +193,16 @@ class UpdateRule(nn.Module):
             for name, (rows, columns) in self.matrices(shape).items():
                 sizes[name] = sizes.get(name, 0) + segments.copies * rows * columns
         names = [*self.state_spec(), *sizes]
-        return {
+        state = {
             name: torch.zeros(shape, dtype=dtype, device=device)
             for name, shape in zip(names, [*shapes, *((size,) for size in sizes.values())])
         }
+        for name, spec in self.state_spec().items():
+            if spec.starts_at == "param":
+                if param is None:
+                    raise ValueError(f"the state {name!r} of {type(self).__name__} starts at the parameters: give param=")
+                state[name].copy_(param)
+        return state
 
     def turn(
         self, param: Tensor, grad: Tensor, state: State, segments: Segments
@@ -192,7 +215,13 @@ class UpdateRule(nn.Module):
         return param, grad, state, lambda delta: delta
 
     def statistics(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        own_grad: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """What the rule needs to know about whole tensors.
 
@@ -201,6 +230,8 @@ class UpdateRule(nn.Module):
             state: The state before this step.
             segments: Which tensor each coordinate belongs to.
             loss: The training loss, ``(copies,)`` or scalar; only for rules with ``needs_loss``.
+            own_grad: The gradients in the coordinates of ``param``, where ``grad`` and what the state has of them are
+                in bases. Norms and inner products are the same in both, up to rounding.
 
         Returns:
             ``(K, S)`` numbers, K the same at every step (zero here), and the new values of the tensor-scope state.

@@ -53,6 +53,7 @@ class LSTMRule(UpdateRule):
 
     config_class = LSTMConfig
     config: LSTMConfig
+    reads_param = False
 
     def __init__(self, config: LSTMConfig | None = None) -> None:
         super().__init__(config or LSTMConfig())

@@ -102,7 +102,13 @@ class MetaLSTMRule(UpdateRule):
         return {**self.lstm.state_spec(), "forget": StateSpec(), "input": StateSpec()}
 
     def statistics(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        own_grad: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         if loss is None:
             raise ValueError("the meta-LSTM reads the training loss at every step, and none was given")

@@ -61,6 +61,7 @@ class RNNpropRule(UpdateRule):
 
     config_class = RNNpropConfig
     config: RNNpropConfig
+    reads_param = False
 
     def __init__(self, config: RNNpropConfig | None = None) -> None:
         super().__init__(config or RNNpropConfig())
@@ -91,7 +92,13 @@ class RNNpropRule(UpdateRule):
         return self.config.output_scale
 
     def statistics(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        own_grad: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         step = state["step"] + 1.0
         decays = self.config.momentum_decay, self.config.square_decay

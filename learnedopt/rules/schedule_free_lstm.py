@@ -13,9 +13,9 @@ from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, Update
 from learnedopt.rules.moments import adam_directions, bias_correction, momentum_bound
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
 
-# Rows of the statistics: two bias corrections, whether this is the first step, the averaging weight, one over the RMS
-# of the offset, then the features that every coordinate of a tensor shares.
-_CORRECTIONS = 3
+# Rows of the statistics: two bias corrections, the averaging weight, one over the RMS of the offset, then the features
+# that every coordinate of a tensor shares.
+_CORRECTIONS = 2
 _SHARED_FEATURES = 10
 _COORDINATE_FEATURES = 4
 _AVERAGES = ("slope", "steepness", "distance")
@@ -114,7 +114,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
     estimates of Mishchenko & Defazio 2023 (Prodigy, arXiv:2306.06101, section 3) are made of.
 
     >>> rule, segments = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(nominal_step=0.01)), Segments([2])
-    >>> delta, _ = rule.update(torch.ones(2), torch.tensor([5.0, -2.0]), rule.init_state(segments), segments)
+    >>> delta, _ = rule.update(torch.ones(2), torch.tensor([5.0, -2.0]), rule.init_state(segments, param=torch.ones(2)), segments)
     >>> delta
     tensor([-0.0100,  0.0100], grad_fn=<SubBackward0>)
     """
@@ -122,6 +122,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
     config_class = ScheduleFreeLSTMConfig
     config: ScheduleFreeLSTMConfig
     zero_gradient_is_noop = True
+    reads_param = False
     way_limit: ClassVar[float] = 1e14
     """Gradients and ways are taken to be no larger in the averages, so that sums of squares are finite in float32."""
 
@@ -153,7 +154,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
             "momentum": StateSpec(turns_as="direction"),
             "square": StateSpec(turns_as="square"),
             "offset": StateSpec(turns_as="direction"),
-            "origin": StateSpec(turns_as="direction"),
+            "origin": StateSpec(starts_at="param"),
             **{name: StateSpec(scope="tensor") for name in ("step", "smallness", *_AVERAGES)},
         }
 
@@ -172,20 +173,24 @@ class ScheduleFreeLSTMRule(UpdateRule):
         return step * (1.0 + config.interpolation * math.exp(2.0 * config.log_averaging_bound))
 
     def corrections(self, state: State) -> Tensor:
-        """The first rows of the statistics, ``(3, S)``: bias corrections of the moments after the step to come, and
-        whether that is the first step."""
+        """The first rows of the statistics, ``(2, S)``: bias corrections of the moments after the step to come."""
         step, decays = state["step"] + 1.0, (self.config.momentum_decay, self.config.square_decay)
-        return torch.stack([*(bias_correction(decay, step) for decay in decays), (step == 1.0).to(step)])
+        return torch.stack([bias_correction(decay, step) for decay in decays])
 
     def statistics(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        own_grad: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         corrections = self.corrections(state)
-        expanded = segments.expand(corrections)
-        _, (a, g) = self._directions(grad, state, expanded)
-        slope = grad.clamp(-self.way_limit, self.way_limit)
-        # At the first step the way is zero, and so is its derivative: none that others would have to cancel.
-        way = (state["origin"] - (1.0 - expanded[2]) * param).clamp(-self.way_limit, self.way_limit)
+        _, (a, g) = self._directions(grad, state, segments.expand(corrections))
+        # The way is small beside the parameters: in bases, rounding them would be most of it.
+        slope = (grad if own_grad is None else own_grad).clamp(-self.way_limit, self.way_limit)
+        way = (state["origin"] - param).clamp(-self.way_limit, self.way_limit)
         offset = state["offset"]
         products = [param.square(), a * g, a.square(), offset.square(), offset * a]
         means = segments.mean(torch.stack([*products, slope * way, slope.square(), way.square()]))
@@ -250,8 +255,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
         move = config.nominal_step * torch.exp(log_step) * ((1.0 + mix[0]) * g + mix[1] * a)
         beta = config.interpolation
         delta = weight * offset - (1.0 - beta + beta * weight) * move
-        origin = state["origin"] + statistics[2] * param  # the parameters at the first step, before which it is zero
-        return delta, {**units, **moments, "offset": (1.0 - weight) * (offset - beta * move), "origin": origin}
+        return delta, {**units, **moments, "offset": (1.0 - weight) * (offset - beta * move)}
 
     def _directions(self, grad: Tensor, state: State, corrections: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
         """:func:`~learnedopt.rules.moments.adam_directions`."""

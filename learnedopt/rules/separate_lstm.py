@@ -46,6 +46,7 @@ class SeparateLSTMRule(UpdateRule):
 
     config_class = SeparateLSTMConfig
     config: SeparateLSTMConfig
+    reads_param = False
 
     def __init__(self, config: SeparateLSTMConfig | None = None) -> None:
         super().__init__(config or SeparateLSTMConfig())
@@ -60,7 +61,13 @@ class SeparateLSTMRule(UpdateRule):
         return self.others.state_spec()
 
     def statistics(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        own_grad: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         # Filled on the device: a list would be copied to it, and the host would wait for that.
         kernels = torch.cat([grad.new_full((1,), float(len(shape) >= _LEAST_DIMS)) for shape in segments.shapes])
