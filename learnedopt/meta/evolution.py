@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -48,10 +48,8 @@ class _Update(nn.Module):
         super().__init__()
         self.rule = rule
 
-    def forward(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor
-    ) -> tuple[Tensor, State]:
-        return self.rule.advance(param, grad, state, segments, loss)
+    def forward(self, *args: Any) -> tuple[Tensor, State]:
+        return self.rule.advance(*args)
 
 
 class PerCopy:
@@ -73,23 +71,36 @@ class PerCopy:
         self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """As :meth:`learnedopt.rules.UpdateRule.update`, each copy with its own weights."""
-        alone = Segments(segments.sizes, shapes=segments.shapes)
-        param, grad, state, back = self._update.rule.turn(param, grad, state, segments)
+        return self._update.rule.update(param, grad, state, segments, loss, advance=self._advance)
 
-        def one(
-            weights: dict[str, Tensor], param: Tensor, grad: Tensor, state: State, loss: Tensor
-        ) -> tuple[Tensor, State]:
-            delta, after = torch.func.functional_call(self._update, weights, (param, grad, state, alone, loss))
+    def _advance(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        own: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, State]:
+        alone = Segments(segments.sizes, shapes=segments.shapes)
+
+        def one(weights: dict[str, Tensor], *args: Any) -> tuple[Tensor, State]:
+            param, grad, state, loss, own = args
+            delta, after = torch.func.functional_call(self._update, weights, (param, grad, state, alone, loss, own))
             return delta, after
 
+        def by_copy(values: Tensor) -> Tensor:
+            return values.view(self._copies, -1)
+
         names = self._update.rule.state_spec()
-        by_copy = {name: state[name].unflatten(-1, (self._copies, -1)).movedim(-2, 0) for name in names}
+        states = {name: state[name].unflatten(-1, (self._copies, -1)).movedim(-2, 0) for name in names}
         losses = param.new_zeros(self._copies) if loss is None else loss
-        delta, after = torch.func.vmap(one)(
-            self._weights, param.view(self._copies, -1), grad.view(self._copies, -1), by_copy, losses
+        owned = None if own is None else (by_copy(own[0]), by_copy(own[1]))
+        in_dims = (0, 0, 0, 0, 0, None if own is None else 0)
+        delta, after = torch.func.vmap(one, in_dims)(
+            self._weights, by_copy(param), by_copy(grad), states, losses, owned
         )
-        after = {name: value.movedim(0, -2).flatten(-2) for name, value in after.items()}
-        return back(delta.flatten()), {**state, **after}
+        return delta.flatten(), {name: value.movedim(0, -2).flatten(-2) for name, value in after.items()}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from learnedopt.rules import UpdateRule
-from learnedopt.zoo import load_rule, rule_fingerprint
+from learnedopt.zoo import former_fingerprint, load_rule, rule_fingerprint
 
 RuleLike = str | os.PathLike[str] | UpdateRule
 
@@ -59,6 +59,10 @@ class RuleRegistry:
         sha256 = rule_fingerprint(rule)
         self._rules[sha256], self._dtypes[sha256] = rule, dtype
         return {"rule": name, "rule_sha256": sha256}
+
+    def came_before(self, sha256: str, other: str | None) -> bool:
+        """Whether a rule here had another identity in version 0.1, and this is it."""
+        return other is not None and other == former_fingerprint(self._rules[sha256])
 
     def dtype(self, sha256: str, param_dtype: torch.dtype) -> torch.dtype:
         """What a rule computes in, and keeps state in, for parameters of a real dtype: the wider of the two."""

@@ -99,6 +99,11 @@ def anywhere(flags: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return found.bool()
 
 
+def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy elsewhere; it is waited for on the way to the host only, where it could be read before it is there."""
+    return tensor.to(device, dtype, non_blocking=device.type != "cpu")
+
+
 def zeros_beside(param: Tensor, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros ``(*lead, *param.shape)``, each on the device and in the process of its coordinate."""
     return _assemble(param, torch.zeros(lead + tuple(local(param).shape), dtype=dtype, device=param.device))

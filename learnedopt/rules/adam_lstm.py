@@ -1,4 +1,4 @@
-"""The default rule: an LSTM that modulates Adam's directions."""
+"""An LSTM that modulates Adam's directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
-from learnedopt.rules.moments import momentum_bound
+from learnedopt.rules.moments import momentum_bound, momentum_spec
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
 
 # Rows of the statistics: three bias corrections, then the features every coordinate of a tensor shares.
@@ -108,9 +108,9 @@ class AdamLSTMRule(UpdateRule):
     def state_spec(self) -> dict[str, StateSpec]:
         return {
             **self.lstm.state_spec(),
-            "fast": StateSpec(),
-            "slow": StateSpec(),
-            "square": StateSpec(),
+            "fast": momentum_spec(self.config.fast_decay, self.config.square_decay),
+            "slow": momentum_spec(self.config.slow_decay, self.config.square_decay),
+            "square": StateSpec(turns_as="square"),
             "step": StateSpec(scope="tensor"),
         }
 

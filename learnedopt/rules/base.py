@@ -11,13 +11,19 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from learnedopt.rules.coordinates import Coordinates
+
 State = dict[str, Tensor]
 """A rule's memory by name: ``(*shape, N)`` per coordinate, ``(*shape, S)`` per tensor."""
+
+Advance = Callable[..., tuple[Tensor, State]]
+"""Called as :meth:`UpdateRule.advance`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class StateSpec:
     """What becomes of the entry when the basis turns in which its tensor is written. ``"direction"``: it is one in the
     space of the parameters, such as a momentum, and is written in the new basis. ``"square"``: it is a mean of squares,
     and new coordinates have those of their parts. ``"column"``: it stays with the column of its coordinate."""
+    within: tuple[str, float] | None = None
+    """Another entry, a mean of squares, and how many times its root this one can be. When the basis turns it is cut to
+    that: the two turn differently, so that it may come to where there is little of the other."""
     starts_at: Literal["zero", "param"] = "zero"
     """``"param"``: the entry is a point in the space of the parameters, and starts as a copy of them. It is always in
     their own coordinates, and only :meth:`UpdateRule.statistics` reads it."""
@@ -88,15 +97,29 @@ class Segments:
         return torch.cat(parts, dim=-1).flatten(-2)
 
 
+_KINDS: dict[str, type[RuleConfig]] = {}
+"""By which the parts of a configuration are read."""
+
+
 @dataclass(frozen=True)
 class RuleConfig:
-    """Everything but the weights that is needed to rebuild a rule. ``kind`` is its name in the registry."""
+    """Everything but the weights that is needed to rebuild a rule. ``kind`` is its name in the registry.
+
+    A setting may be a configuration itself, of a rule that this one wraps or of a part of it.
+    """
 
     kind: ClassVar[str]
 
+    def __init_subclass__(cls) -> None:
+        if "kind" in cls.__dict__:
+            _KINDS[cls.kind] = cls
+
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON types, ``kind`` included."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        """The configuration as plain JSON types, ``kind`` included, also those of what it is composed of."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"kind": self.kind} | {
+            name: value.to_dict() if isinstance(value, RuleConfig) else value for name, value in values.items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -112,7 +135,17 @@ class RuleConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"unknown setting(s) {unknown} for rule kind {cls.kind!r}; known: {sorted(known)}")
-        return cls(**{key: _tuples(value) for key, value in values.items()})
+        return cls(**{key: _read(value) for key, value in values.items()})
+
+
+def _read(value: Any) -> Any:
+    """A setting as a configuration has it: parts by their kind, lists as tuples."""
+    if isinstance(value, Mapping):
+        kind = value.get("kind")
+        if kind not in _KINDS:
+            raise ValueError(f"unknown kind {kind!r} of a part of a rule; known: {sorted(_KINDS)}")
+        return _KINDS[kind].from_dict(value)
+    return _tuples(value)
 
 
 def _tuples(value: Any) -> Any:
@@ -127,8 +160,8 @@ class UpdateRule(nn.Module):
     block of coordinates. :meth:`update` is both, for callers who hold everything at once.
 
     Beyond that a rule sees of where coordinates came from at most how many dimensions the tensor has: permuting the
-    coordinates of a tensor permutes its updates, and the order of the tensors does not matter. A rule may however have
-    its own bases for the coordinates of matrices (:meth:`matrices`, :meth:`turn`), and do all this in them.
+    coordinates of a tensor permutes its updates, and the order of the tensors does not matter. A rule that wraps
+    another may however run it in coordinates of its own (:attr:`coordinates`).
 
     Subclasses set ``config_class`` and define :meth:`state_spec` and :meth:`forward`, and :meth:`statistics` if
     they use any.
@@ -143,6 +176,8 @@ class UpdateRule(nn.Module):
     """Whether :meth:`forward` reads the parameters. In bases, one that does not is given zeros."""
 
     config: RuleConfig
+    coordinates: Coordinates | None = None
+    """Coordinates of its own for matrices; ``None`` for a rule that works on parameters as they are."""
 
     def __init__(self, config: RuleConfig) -> None:
         super().__init__()
@@ -155,20 +190,6 @@ class UpdateRule(nn.Module):
     def state_spec(self) -> dict[str, StateSpec]:
         """The entries of this rule's state and their shapes."""
         raise NotImplementedError
-
-    def rule_for(self, dims: int) -> UpdateRule:
-        """The rule that computes the updates of tensors with that many dimensions: this one, unless it has parts.
-
-        All parts have the state of the whole.
-        """
-        return self
-
-    def matrices(self, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
-        """Shapes of the matrices that belong to the state of a tensor of this shape; none, unless the rule has bases.
-
-        They start at zero. In a flat state an entry holds those of all tensors side by side, once for each copy.
-        """
-        return {}
 
     def init_state(
         self,
@@ -187,32 +208,22 @@ class UpdateRule(nn.Module):
             ValueError: the rule has such entries, and ``param`` is missing.
         """
         count = {"coordinate": segments.num_coordinates, "tensor": segments.num_segments}
-        shapes = [(*spec.shape, count[spec.scope]) for spec in self.state_spec().values()]
-        sizes: dict[str, int] = {}
-        for shape in segments.shapes:
-            for name, (rows, columns) in self.matrices(shape).items():
-                sizes[name] = sizes.get(name, 0) + segments.copies * rows * columns
-        names = [*self.state_spec(), *sizes]
-        state = {
-            name: torch.zeros(shape, dtype=dtype, device=device)
-            for name, shape in zip(names, [*shapes, *((size,) for size in sizes.values())])
-        }
+        state: State = {}
         for name, spec in self.state_spec().items():
-            if spec.starts_at == "param":
-                if param is None:
-                    raise ValueError(f"the state {name!r} of {type(self).__name__} starts at the parameters: give param=")
-                state[name].copy_(param)
+            if spec.starts_at == "zero":
+                state[name] = torch.zeros(*spec.shape, count[spec.scope], dtype=dtype, device=device)
+            elif param is not None:
+                state[name] = param.to(device, dtype, copy=True)
+            else:
+                raise ValueError(f"the state {name!r} of {type(self).__name__} starts at the parameters: give param=")
+        if self.coordinates is not None:
+            own: dict[str, list[Tensor]] = {}
+            for shape in segments.shapes:
+                for name, value in self.coordinates.initial(shape, dtype, device).items():
+                    own.setdefault(name, []).append(value.flatten())
+            # Those of all tensors side by side, once for each copy.
+            state |= {name: torch.cat(values).repeat(segments.copies) for name, values in own.items()}
         return state
-
-    def turn(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments
-    ) -> tuple[Tensor, Tensor, State, Callable[[Tensor], Tensor]]:
-        """Parameters, gradients and state in the bases of this step, and what brings an update back from there.
-
-        All flat, as of :meth:`statistics`. Here, and wherever there are no :meth:`matrices`, all of it as it is. It
-        does not depend on the meta-parameters.
-        """
-        return param, grad, state, lambda delta: delta
 
     def statistics(
         self,
@@ -252,23 +263,67 @@ class UpdateRule(nn.Module):
         raise NotImplementedError
 
     def advance(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        own: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, State]:
-        """:meth:`statistics`, then :meth:`forward` on every coordinate; in bases, once :meth:`turn` has gone there."""
-        statistics, tensor_state = self.statistics(param, grad, state, segments, loss)
+        """:meth:`statistics`, then :meth:`forward` on every coordinate.
+
+        Args:
+            own: Where the rest is in bases, parameters and gradients as they are.
+        """
+        if own is None:
+            statistics, tensor_state = self.statistics(param, grad, state, segments, loss)
+        else:
+            statistics, tensor_state = self.statistics(own[0], grad, state, segments, loss, own[1])
         delta, coordinate_state = self(param, grad, state, segments.expand(statistics))
         return delta, {**tensor_state, **coordinate_state}
 
     def update(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        *,
+        advance: Advance | None = None,
     ) -> tuple[Tensor, State]:
-        """One whole step: :meth:`turn`, :meth:`advance`, and back."""
-        param, grad, state, back = self.turn(param, grad, state, segments)
-        delta, after = self.advance(param, grad, state, segments, loss)
-        return back(delta), {**state, **after}
+        """One whole step: the update of each coordinate, ``(N,)``, and the new state.
+
+        Args:
+            advance: Runs in place of :meth:`advance`, for callers whose copies have weights of their own.
+        """
+        delta, after = (advance or self.advance)(param, grad, state, segments, loss)
+        return delta, {**state, **after}
 
     def state_bytes_per_parameter(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of coordinate-scope state each parameter costs its user."""
         return dtype.itemsize * sum(
             math.prod(spec.shape) for spec in self.state_spec().values() if spec.scope == "coordinate"
         )
+
+
+RULES: dict[str, type[UpdateRule]] = {}
+"""The kinds of rules there are; :mod:`learnedopt.rules` fills it."""
+
+
+def build_rule(config: RuleConfig | Mapping[str, Any]) -> UpdateRule:
+    """A rule with fresh weights, from its configuration or the dictionary that describes one.
+
+    Raises:
+        ValueError: the kind is not registered, or a setting is unknown or out of range.
+
+    >>> from learnedopt.rules import LSTMRule
+    >>> build_rule({"kind": "lstm", "hidden_size": 8}).config.hidden_size
+    8
+    """
+    kind = config.kind if isinstance(config, RuleConfig) else config.get("kind")
+    if kind not in RULES:
+        raise ValueError(f"unknown rule kind {kind!r}; known kinds: {sorted(RULES)}")
+    rule_class = RULES[kind]
+    return rule_class(config if isinstance(config, RuleConfig) else rule_class.config_class.from_dict(config))

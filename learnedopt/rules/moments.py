@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from learnedopt.rules.base import State
+from learnedopt.rules.base import State, StateSpec
 
 
 def bias_correction(decay: float, step: Tensor) -> Tensor:
@@ -26,6 +26,12 @@ def momentum_bound(decay: float, square_decay: float) -> float:
     if gap <= 0.0:
         return math.inf
     return (1.0 - decay) * math.sqrt(square_decay / ((1.0 - square_decay) * gap))
+
+
+def momentum_spec(decay: float, square_decay: float) -> StateSpec:
+    """The state entry of a momentum, where that of the second moment is called ``square``."""
+    bound = momentum_bound(decay, square_decay)
+    return StateSpec(turns_as="direction", within=("square", bound) if math.isfinite(bound) else None)
 
 
 def in_range(grad: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
-from learnedopt.rules.moments import adam_directions, bias_correction
+from learnedopt.rules.moments import adam_directions, bias_correction, momentum_spec
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
 
 
@@ -82,8 +82,8 @@ class RNNpropRule(UpdateRule):
     def state_spec(self) -> dict[str, StateSpec]:
         return {
             **self.lstm.state_spec(),
-            "momentum": StateSpec(),
-            "square": StateSpec(),
+            "momentum": momentum_spec(self.config.momentum_decay, self.config.square_decay),
+            "square": StateSpec(turns_as="square"),
             "step": StateSpec(scope="tensor"),
         }
 

@@ -29,8 +29,8 @@ class SeparateLSTMRule(UpdateRule):
     ``convolutions`` serves the tensors of three dimensions and more, which are the kernels of convolutions; ``others``
     serves matrices, biases and scales. Shapes and guarantees are those of :class:`~learnedopt.rules.LSTMRule`.
 
-    Called by itself, on coordinates of both kinds, it computes both and picks; an optimizer has each compute its own
-    tensors (:meth:`rule_for`).
+    Called by itself, on coordinates of both kinds, it computes both and picks; in an optimizer each computes its own
+    tensors (:meth:`serving`).
 
     Source: Andrychowicz et al. 2016 (arXiv:1606.04474), section 3.3: "separate" optimizers, as those parameters are
     too different. That biases of convolutions go with the dense parameters is from the authors' code.
@@ -54,7 +54,8 @@ class SeparateLSTMRule(UpdateRule):
         self.convolutions = LSTMRule(settings)
         self.others = LSTMRule(settings)
 
-    def rule_for(self, dims: int) -> UpdateRule:
+    def serving(self, dims: int) -> LSTMRule:
+        """The part that computes the updates of tensors with that many dimensions."""
         return self.convolutions if dims >= _LEAST_DIMS else self.others
 
     def state_spec(self) -> dict[str, StateSpec]:

@@ -14,15 +14,15 @@ from benchmarks.step_cost import extra_memory
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import AGE, Tensors, bases
 from learnedopt.kernels.choice import get_backend
-from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule, ScheduleFreeLSTMRule, Segments, State
+from learnedopt.rules import InEigenbasesConfig, InEigenbases, LSTMRule, ScheduleFreeRule, Segments, State
 from learnedopt.rules.eigenbasis import Bases, GradientSize
 from tests.optim.reference import draw_grads, same_bits, snapshot, trained
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
-def make_rule() -> EigenbasisRule:
-    return trained(EigenbasisRule(EigenbasisConfig(num_layers=0, settling=2, interval=3)), scale=0.1)
+def make_rule() -> InEigenbases:
+    return trained(InEigenbases(InEigenbasesConfig(num_layers=0, settling=2, interval=3)), scale=0.1)
 
 
 def run(steps: int, device: str = "cpu") -> LearnedOptimizer:
@@ -68,8 +68,8 @@ def test_a_tensor_in_strips_moves_as_it_does_whole(
     backend: Any, layers: int, state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows and columns too long for a basis, matrices in other orders in memory, a gradient that is too large."""
-    config = EigenbasisConfig(num_layers=layers, hidden_size=4, settling=2, interval=2, max_side=6)
-    rule = trained(EigenbasisRule(config), scale=0.1)
+    config = InEigenbasesConfig(num_layers=layers, hidden_size=4, settling=2, interval=2, max_side=6)
+    rule = trained(InEigenbases(config), scale=0.1)
 
     def run() -> tuple[LearnedOptimizer, int]:
         generator, taken = torch.Generator().manual_seed(0), 0
@@ -123,7 +123,7 @@ def test_what_a_step_needs_does_not_grow_with_the_model(
     """Less than 64 MiB with the settings as they are, and so a 256th of that with a 256th of them."""
     for name in ("AT_ONCE", "STRIP", "STACKED"):
         monkeypatch.setattr(bases, name, getattr(bases, name) // 256)
-    rule = trained(EigenbasisRule(EigenbasisConfig(num_layers=0, max_side=80)), scale=0.1)
+    rule = trained(InEigenbases(InEigenbasesConfig(num_layers=0, max_side=80)), scale=0.1)
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).requires_grad_() for _ in range(count)]
     draw_grads(generator, params)
@@ -134,7 +134,7 @@ def test_what_a_step_needs_does_not_grow_with_the_model(
 
 
 def test_a_tensor_in_strips_refuses_statistics_that_add_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Twice(ScheduleFreeLSTMRule):
+    class Twice(ScheduleFreeRule):
         def statistics(
             self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
         ) -> tuple[Tensor, State]:
@@ -142,7 +142,7 @@ def test_a_tensor_in_strips_refuses_statistics_that_add_up_twice(monkeypatch: py
             return super().statistics(param, grad, state, segments, loss)
 
     monkeypatch.setattr(bases, "AT_ONCE", 25)
-    rule = EigenbasisRule(EigenbasisConfig(num_layers=0, max_side=6))
+    rule = InEigenbases(InEigenbasesConfig(num_layers=0, max_side=6))
     rule.inner = Twice(rule.inner.config)
     param = torch.ones(20, 5, requires_grad=True)
     param.grad = torch.ones(20, 5)
@@ -188,8 +188,8 @@ def test_a_stack_moves_as_its_tensors_do_alone(
     backend: Any, layers: int, state_dtype: torch.dtype, weight_decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors of one shape as matrices, one of which begins later; with a basis for one side; others beside them."""
-    config = EigenbasisConfig(num_layers=layers, hidden_size=4, settling=2, interval=2, max_side=8)
-    rule = trained(EigenbasisRule(config), scale=0.1)
+    config = InEigenbasesConfig(num_layers=layers, hidden_size=4, settling=2, interval=2, max_side=8)
+    rule = trained(InEigenbases(config), scale=0.1)
     shapes = [(6, 4), (5,), (6, 2, 2), (6, 4), (4, 9), (3, 3), (6, 4), (4, 9), ()]
 
     def run() -> tuple[LearnedOptimizer, list[int]]:
@@ -256,7 +256,7 @@ def test_weight_decay_where_nothing_has_bases() -> None:
 
 def test_copies_of_matrices_count_as_what_is_taken_together() -> None:
     """A stack holds them too; of a thin matrix they are far larger than it, and so it is not stacked."""
-    rule = EigenbasisRule(EigenbasisConfig(num_layers=0))
+    rule = InEigenbases(InEigenbasesConfig(num_layers=0))
     copied = {(8, 8): 4 * 64, (8, 600): 2 * 64, (256, 256): 4 * 65536, (300, 2): 0, (300, 300): 0}
     state = {AGE: torch.ones(())}
     assert {shape: bases._copied(rule, torch.empty(shape), state) for shape in copied} == copied

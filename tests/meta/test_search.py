@@ -13,11 +13,11 @@ import torch
 from learnedopt.cli import main
 from learnedopt.meta import MetaTrainingRun, Recipe, Search, SearchConfig
 from learnedopt.meta.search import _gain, place
-from learnedopt.rules import LSTMConfig, ScheduleFreeLSTMConfig, build_rule
+from learnedopt.rules import LSTMConfig, ScheduleFreeConfig, build_rule
 from learnedopt.tasks import Mixture, Quadratics, TaskFamily
 from learnedopt.zoo import load_rule
 
-RULE = ScheduleFreeLSTMConfig(num_layers=0, nominal_step=1e-4)
+RULE = ScheduleFreeConfig(num_layers=0, nominal_step=1e-4)
 FAMILY = Mixture((Quadratics(dimension=3), Quadratics(dimension=5)))
 CONFIG = SearchConfig(
     updates=8,
@@ -69,19 +69,19 @@ def test_the_command_line_runs_a_search(tmp_path: Path, capsys: pytest.CaptureFi
     recipe.write_text(
         """
 from learnedopt.meta import Recipe, SearchConfig
-from learnedopt.rules import ScheduleFreeLSTMConfig
+from learnedopt.rules import ScheduleFreeConfig
 from learnedopt.tasks import Mixture, Quadratics
 
 coordinates = (("readout.bias[0]", 0.0, 0.5), ("readout.bias[3]", 0.0, 0.5))
 search = SearchConfig(updates=9, coordinates=coordinates, population=4, horizon=12)
-rule = ScheduleFreeLSTMConfig(num_layers=0)
+rule = ScheduleFreeConfig(num_layers=0)
 RECIPE = Recipe("mine", "a search", "quadratics", rule, search, lambda root: Mixture((Quadratics(),)))
 """
     )
     command = ["meta-train", str(recipe), "--out", str(tmp_path / "run"), "--export", str(tmp_path / "zoo")]
     assert main([*command, "--training.updates", "2"]) == 0
     assert "at update 2" in capsys.readouterr().out
-    assert load_rule(tmp_path / "zoo" / "mine").config == ScheduleFreeLSTMConfig(num_layers=0)
+    assert load_rule(tmp_path / "zoo" / "mine").config == ScheduleFreeConfig(num_layers=0)
 
 
 def test_gains_are_logarithms_of_speed() -> None:

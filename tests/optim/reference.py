@@ -14,8 +14,8 @@ from learnedopt.kernels import AGE
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
-    EigenbasisConfig,
-    EigenbasisRule,
+    InEigenbasesConfig,
+    InEigenbases,
     LSTMConfig,
     LSTMRule,
     MetaLSTMConfig,
@@ -23,8 +23,8 @@ from learnedopt.rules import (
     RNNpropConfig,
     RNNpropRule,
     RuleConfig,
-    ScheduleFreeLSTMConfig,
-    ScheduleFreeLSTMRule,
+    ScheduleFreeConfig,
+    ScheduleFreeRule,
     Segments,
     SeparateLSTMConfig,
     SeparateLSTMRule,
@@ -106,13 +106,13 @@ CASES = {
     "meta-lstm": Case(MetaLSTMOptimizer, lambda: trained(MetaLSTMRule(MetaLSTMConfig(hidden_size=4)))),
     "adam-lstm": Case(LearnedOptimizer, lambda: trained(AdamLSTMRule(AdamLSTMConfig(hidden_size=4)))),
     "schedule-free": Case(
-        LearnedOptimizer, lambda: trained(ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(hidden_size=4)))
+        LearnedOptimizer, lambda: trained(ScheduleFreeRule(ScheduleFreeConfig(hidden_size=4)))
     ),
     "rnnprop": Case(LearnedOptimizer, lambda: trained(RNNpropRule(RNNpropConfig(hidden_size=4)))),
     "separate-lstm": Case(LearnedOptimizer, lambda: trained(SeparateLSTMRule(SeparateLSTMConfig(hidden_size=4)))),
-    "eigenbasis": Case(
+    "in_eigenbases": Case(
         LearnedOptimizer,
-        lambda: trained(EigenbasisRule(EigenbasisConfig(hidden_size=4, settling=2, interval=2)), scale=0.1),
+        lambda: trained(InEigenbases(InEigenbasesConfig(hidden_size=4, settling=2, interval=2)), scale=0.1),
     ),
     "trace": Case(LearnedOptimizer, TraceRule),
 }

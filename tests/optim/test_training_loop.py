@@ -146,8 +146,8 @@ def test_accumulated_and_clipped_gradients_are_what_the_rule_sees(case: Case) ->
 
 @pytest.mark.parametrize(
     ("case", "nonfinite"),
-    [*((case, "propagate") for name, case in CASES.items() if name != "eigenbasis"), (CASES["trace"], "skip")],
-    ids=[*(name for name in CASES if name != "eigenbasis"), "trace, skip"],
+    [*((case, "propagate") for name, case in CASES.items() if name != "in_eigenbases"), (CASES["trace"], "skip")],
+    ids=[*(name for name in CASES if name != "in_eigenbases"), "trace, skip"],
 )
 def test_a_step_compiles_whole_from_the_first_on(case: Case, nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 16)
@@ -173,7 +173,7 @@ def test_a_step_in_bases_is_taken_outside_of_what_is_compiled() -> None:
     for compiled in (False, True):
         g = generator()
         params = draw_params(g, ["vector", "5-d"])
-        optimizer = CASES["eigenbasis"].build(params, backend="reference")
+        optimizer = CASES["in_eigenbases"].build(params, backend="reference")
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for _ in range(5):
             draw_grads(g, params)

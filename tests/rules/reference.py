@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-from learnedopt.rules import EigenbasisRule, SeparateLSTMRule, UpdateRule
+from learnedopt.rules import InEigenbases, SeparateLSTMRule, UpdateRule
 
 Tensors = list[list[float]]
 
@@ -62,12 +62,27 @@ class StackedLSTM:
         return x
 
 
+class Controller:
+    """The LSTM of a single tensor, which corrects the features that its coordinates share."""
+
+    def __init__(self, weights: dict[str, Any]) -> None:
+        self.correction = weights["correction.weight"]
+        own = {f"lstm.{name.removeprefix('controller.')}": value for name, value in weights.items()}
+        self.lstm = StackedLSTM(own, len(weights["controller.biases.0"]) // 4, 1)
+
+    def __call__(self, shared: list[float]) -> list[float]:
+        top = self.lstm(shared)
+        return [x + math.tanh(dot(row, top)) for x, row in zip(shared, self.correction)]
+
+
 class Reference:
     def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
         self.config = cast(Any, rule.config)
-        self.weights = {name: weight.double().tolist() for name, weight in rule.state_dict().items()}
-        num_layers = getattr(self.config, "num_layers", 1)
-        self.lstms = [[StackedLSTM(self.weights, self.config.hidden_size, num_layers) for _ in range(n)] for n in sizes]
+        weights = rule.state_dict().items()
+        self.weights = {name.removeprefix("modulator."): weight.double().tolist() for name, weight in weights}
+        num_layers = sum(name.startswith("lstm.biases.") for name in self.weights)
+        units = len(self.weights["lstm.biases.0"]) // 4 if num_layers else 0
+        self.lstms = [[StackedLSTM(self.weights, units, num_layers) for _ in range(n)] for n in sizes]
 
     def readout(self, name: str, row: int, x: list[float]) -> float:
         return dot(self.weights[f"{name}.weight"][row], x) + self.weights[f"{name}.bias"][row]
@@ -160,7 +175,7 @@ class AdamLSTMReference(Reference):
         return moment / (1.0 - decay**self.time)
 
 
-class ScheduleFreeLSTMReference(AdamLSTMReference):
+class ScheduleFreeReference(AdamLSTMReference):
     """Keeps the fast sequence and its average, as the paper has them, where the rule keeps their offset.
 
     Only their difference follows from the updates: given parameters need not be where the updates led.
@@ -171,6 +186,7 @@ class ScheduleFreeLSTMReference(AdamLSTMReference):
         self.z, self.x = ([[0.0] * n for n in sizes] for _ in range(2))
         self.origins: dict[int, list[float]] = {}
         self.slope, self.steepness, self.distance = ([0.0] * len(sizes) for _ in range(3))
+        self.controllers = [Controller(self.weights) if "controller.biases.0" in self.weights else None for _ in sizes]
 
     def between(self, t: int, j: int) -> float:
         beta = self.config.interpolation
@@ -213,12 +229,15 @@ class ScheduleFreeLSTMReference(AdamLSTMReference):
             small,
             math.exp(-(self.time - 1) / config.warmup),
         ]
+        controller = self.controllers[t]
+        if controller is not None:
+            shared = controller(shared)
         inputs = [[a[j], g[j], abs(a[j]), offset[j] / rms_offset, *shared] for j in range(len(grad))]
         return [self.move(t, j, a[j], g[j], inputs[j]) for j in range(len(grad))]
 
     def move(self, t: int, j: int, a: float, g: float, inputs: list[float]) -> float:
         config = self.config
-        h = self.lstms[t][j](inputs) if config.num_layers else []
+        h = self.lstms[t][j](inputs) if self.lstms[t][j].num_layers else []
         out = [self.readout("readout", row, [*inputs, *h]) for row in range(4)]
         log_step = config.log_step_bound * math.tanh(config.log_step_gain * out[0] / config.log_step_bound)
         mix = [config.mix_bound * math.tanh(o / config.mix_bound) for o in out[1:3]]
@@ -245,11 +264,11 @@ class RNNpropReference(AdamLSTMReference):
         return float(-config.output_scale * math.tanh(self.readout("readout", 0, h)))
 
 
-class EigenbasisReference(ScheduleFreeLSTMReference):
+class EigenbasisReference(ScheduleFreeReference):
     """Of vectors, which have no bases. ``tests/rules/test_eigenbasis.py`` has the loop for matrices."""
 
     def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
-        assert isinstance(rule, EigenbasisRule)
+        assert isinstance(rule, InEigenbases)
         super().__init__(rule.inner, sizes)
 
 
@@ -257,8 +276,8 @@ REFERENCES: dict[str, type[Reference]] = {
     "lstm": LSTMReference,
     "meta_lstm": MetaLSTMReference,
     "adam_lstm": AdamLSTMReference,
-    "schedule_free_lstm": ScheduleFreeLSTMReference,
-    "eigenbasis": EigenbasisReference,
+    "schedule_free": ScheduleFreeReference,
+    "in_eigenbases": EigenbasisReference,
     "rnnprop": RNNpropReference,
     "separate_lstm": SeparateLSTMReference,
 }

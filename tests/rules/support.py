@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from learnedopt.rules import RULES, Segments, State, UpdateRule, build_rule
 
@@ -35,20 +35,32 @@ VARIANTS = [
         id="adam_lstm-decays",
     ),
     pytest.param(
-        {"kind": "schedule_free_lstm", "num_layers": 1, "hidden_size": 4, "max_time": 3.0, "averaging_power": 0.0},
-        id="schedule_free_lstm-small",
+        {
+            "kind": "schedule_free",
+            "modulator": {"kind": "lstm_of_coordinates", "num_layers": 1, "hidden_size": 4},
+            "max_time": 3.0,
+            "averaging_power": 0.0,
+        },
+        id="schedule_free-small",
     ),
-    pytest.param({"kind": "schedule_free_lstm", "num_layers": 0}, id="schedule_free_lstm-without"),
     pytest.param(
         {
-            "kind": "schedule_free_lstm",
+            "kind": "schedule_free",
+            "modulator": {"kind": "controller_of_tensors", "units": 3, "of_coordinates": {"kind": "power_laws"}},
+        },
+        id="schedule_free-controller",
+    ),
+    pytest.param(
+        {
+            "kind": "schedule_free",
+            "modulator": {"kind": "lstm_of_coordinates", "num_layers": 2, "hidden_size": 8},
             "momentum_decay": 0.5,
             "square_decay": 0.98,
             "eps": 1e-3,
             "interpolation": 0.5,
             "log_averaging_bound": 0.5,
         },
-        id="schedule_free_lstm-decays",
+        id="schedule_free-decays",
     ),
     pytest.param(
         {
@@ -83,6 +95,24 @@ def random_rule(
     return rule
 
 
+class Advancing(nn.Module):
+    """A rule whose call is ``advance``, since only calls can be given other weights."""
+
+    def __init__(self, rule: UpdateRule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, *args: Any, own: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, State]:
+        return self.rule.advance(*args, own=own)
+
+
+def small(config: dict[str, Any], units: int) -> dict[str, Any]:
+    """The configuration with LSTMs of so many units, where it has any."""
+    if config["kind"] in ("schedule_free", "in_eigenbases"):
+        return config
+    return {**config, "hidden_size": units}
+
+
 def random_values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Numbers of either sign with magnitudes from 1e-6 to 10, so that both branches of the preprocessing occur."""
     sign = torch.randn(*shape, generator=generator(seed), dtype=torch.float64).sign()
@@ -99,7 +129,7 @@ def run(
     """
     if losses is None:
         losses = params.new_ones(len(params))
-    state = rule.init_state(segments, dtype=params.dtype)
+    state = rule.init_state(segments, dtype=params.dtype, param=params[0])
     deltas = []
     for param, grad, loss in zip(params, grads, losses):
         delta, state = rule.update(param, grad, state, segments, loss)

@@ -60,7 +60,7 @@ def test_configurations_are_frozen(kind: str) -> None:
 
 @pytest.mark.parametrize("values", [{"kind": "lsmt"}, {"kind": None}, {}], ids=str)
 def test_an_unknown_kind_names_the_known_ones(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"unknown rule kind .* known kinds: \['adam_lstm', 'eigenbasis', 'lstm'"):
+    with pytest.raises(ValueError, match=r"unknown rule kind .* known kinds: \['adam_lstm', 'in_eigenbases', 'lstm'"):
         build_rule(values)
 
 
@@ -74,7 +74,7 @@ def test_a_configuration_of_no_registered_rule_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unknown_setting_is_named(kind: str) -> None:
-    with pytest.raises(ValueError, match=r"unknown setting\(s\) \['hiden_size'\].*known: .*hidden_size"):
+    with pytest.raises(ValueError, match=r"unknown setting\(s\) \['hiden_size'\].*known: \['"):
         build_rule({"kind": kind, "hiden_size": 3})
 
 

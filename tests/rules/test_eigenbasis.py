@@ -14,19 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learnedopt.meta.evolution import PerCopy, flat_weights
-from learnedopt.rules import EigenbasisConfig, EigenbasisRule, Segments, State
+from learnedopt.rules import InEigenbases, InEigenbasesConfig, ScheduleFreeConfig, Segments, State
 from learnedopt.rules.moments import momentum_bound
-from tests.rules.support import generator, property_test, random_rule, random_values, run
+from tests.rules.support import Advancing, generator, property_test, random_rule, random_values, run
 
 SHAPES = [(4, 3), (5,), (2, 3, 2), (), (1, 4)]
 SIZES = [12, 5, 12, 1, 4]
-DIRECTIONS = ("momentum", "offset", "origin")
+DIRECTIONS = ("momentum", "offset")
 
 
-def make_rule(dtype: torch.dtype = torch.float64, scale: float = 0.4, **settings: Any) -> EigenbasisRule:
-    config = {"kind": "eigenbasis", "num_layers": 0, "settling": 2, "interval": 3} | settings
+def make_rule(dtype: torch.dtype = torch.float64, scale: float = 0.4, **settings: Any) -> InEigenbases:
+    inner = {name: settings.pop(name) for name in list(settings) if name in ("eps", "nominal_step")}
+    frame = ScheduleFreeConfig(square_decay=0.99, **inner).to_dict()
+    config = {"kind": "in_eigenbases", "inner": frame, "settling": 2, "interval": 3} | settings
     rule = random_rule(config, dtype, scale=scale)
-    assert isinstance(rule, EigenbasisRule)
+    assert isinstance(rule, InEigenbases)
     return rule
 
 
@@ -36,15 +38,18 @@ class NaiveMatrix:
     The rule has no LSTM here, so that of its state only second moments are of coordinates.
     """
 
-    def __init__(self, rule: EigenbasisRule, rows: int, columns: int, together: int) -> None:
+    def __init__(self, rule: InEigenbases, rows: int, columns: int, together: int) -> None:
         self.rule, self.config, self.segments = rule, rule.config, Segments([rows * columns])
         self.segments.together = together
-        self.state = rule.inner.init_state(self.segments, dtype=torch.float64)
+        self.state: State = {}
         self.factors = [np.zeros((side, side)) for side in (rows, columns)]
         self.bases = [np.eye(side) for side in (rows, columns)]
         self.shape, self.step = (rows, columns), 0
 
     def update(self, param: NDArray[np.float64], grad: NDArray[np.float64]) -> NDArray[np.float64]:
+        if not self.state:
+            start = torch.from_numpy(param.reshape(-1))
+            self.state = self.rule.inner.init_state(self.segments, dtype=torch.float64, param=start)
         self.step += 1
         norm = np.linalg.norm(grad)
         unit = grad / norm if norm else grad
@@ -72,12 +77,17 @@ class NaiveMatrix:
         square = turns[0] ** 2 @ self.state["square"].numpy().reshape(self.shape) @ turns[1].T ** 2
         inside["square"] = torch.from_numpy(square.reshape(-1))
         if not np.array_equal(turns[0], np.eye(self.shape[0])):
-            most = momentum_bound(self.config.momentum_decay, self.config.square_decay) * inside["square"].sqrt()
+            most = (
+                momentum_bound(self.config.inner.momentum_decay, self.config.inner.square_decay)
+                * inside["square"].sqrt()
+            )
             inside["momentum"] = inside["momentum"].clamp(-most, most)
         slope = enter(grad)
         slope[slope.abs() <= 1e-6 * norm] = 0.0
         with torch.no_grad():
-            delta, self.state = self.rule.inner.update(enter(param), slope, inside, self.segments)
+            inside["origin"] = enter(self.state["origin"].numpy().reshape(self.shape))
+            delta, after = self.rule.inner.update(enter(param), slope, inside, self.segments)
+            self.state = {**after, "origin": self.state["origin"]}
         for name in DIRECTIONS:
             self.state[name] = torch.from_numpy(leave(self.state[name]).reshape(-1))
         return leave(delta)
@@ -176,10 +186,16 @@ def test_directions_without_gradient_are_not_scaled_up_from_rounding_errors() ->
 
 def test_a_side_that_is_too_long_has_no_basis() -> None:
     rule = make_rule(max_side=3)
-    assert rule.matrices((3, 4)) == {"left_factor": (3, 3), "left_basis": (3, 3)}
-    assert rule.matrices((4, 3)) == {"right_factor": (3, 3), "right_basis": (3, 3)}
+    for shape, side in (((3, 4), "left"), ((4, 3), "right")):
+        own = rule.coordinates.initial(shape, torch.float64, None)
+        assert {name: value.shape for name, value in own.items()} == {
+            f"{side}_factor": (3, 3),
+            f"{side}_basis": (3, 3),
+            "age": (),
+        }
     for shape in ((4, 4), (3, 2, 2, 0), (3,), (), (1, 3), (3, 1, 1)):
-        assert rule.matrices(shape) == {}
+        assert not rule.coordinates.serve(shape)
+        assert rule.coordinates.initial(shape, torch.float64, None) == {}
     segments = Segments([16], shapes=[(4, 4)])
     params, grads = random_values((5, 16), 0), random_values((5, 16), 1)
     with torch.no_grad():
@@ -200,8 +216,10 @@ def test_the_change_of_a_matrix_is_bounded(scale: float) -> None:
 def test_copies_have_bases_and_may_have_weights_of_their_own() -> None:
     rules = [make_rule(), make_rule(scale=0.1)]
     single, both = (Segments(SIZES, copies, SHAPES) for copies in (1, 2))
-    n, state = single.num_coordinates, rules[0].init_state(both, torch.float64)
-    alone = [rule.init_state(single, torch.float64) for rule in rules]
+    n = single.num_coordinates
+    start = random_values((2 * n,), 0)
+    state = rules[0].init_state(both, torch.float64, param=start)
+    alone = [rule.init_state(single, torch.float64, param=start[i * n : (i + 1) * n]) for i, rule in enumerate(rules)]
     per_copy = PerCopy(rules[0], torch.stack([flat_weights(rule) for rule in rules]))
     with torch.no_grad():
         for step in range(5):
@@ -220,17 +238,18 @@ def test_derivatives_by_the_weights_agree_with_finite_differences() -> None:
     params, grads = (torch.randn(4, 8, generator=generator(seed), dtype=torch.float64) for seed in (0, 1))
 
     def function(*weights: Tensor) -> Tensor:
-        moved: State = rule.init_state(segments, torch.float64)
+        def advance(*args: Any, own: tuple[Tensor, Tensor]) -> tuple[Tensor, State]:
+            return torch.func.functional_call(advancing, values, args, {"own": own})
+
+        values = {f"rule.{name}": weight for name, weight in zip(names, weights)}
+        moved: State = rule.init_state(segments, torch.float64, param=params[0])
         deltas = []
         for param, grad in zip(params, grads):
-            turned, slope, moved, back = rule.turn(param, grad, moved, segments)
-            statistics, tensor_state = rule.statistics(turned, slope, moved, segments)
-            args = (turned, slope, moved, segments.expand(statistics))
-            delta, after = torch.func.functional_call(rule, dict(zip(names, weights)), args)
-            deltas.append(back(delta))
-            moved = {**moved, **tensor_state, **after}
+            delta, moved = rule.update(param, grad, moved, segments, advance=advance)
+            deltas.append(delta)
         return torch.stack(deltas)
 
+    advancing = Advancing(rule)
     weights = [weight.detach().requires_grad_() for weight in rule.parameters()]
     assert torch.autograd.gradcheck(function, weights)
 
@@ -260,4 +279,38 @@ def test_extreme_gradients_are_not_errors(value: float) -> None:
 )
 def test_settings_out_of_range_are_errors(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
-        EigenbasisRule(EigenbasisConfig(**{name: value}))
+        InEigenbases(InEigenbasesConfig(**{name: value}))
+
+
+def test_bases_wait_for_the_first_gradient_of_each_copy() -> None:
+    """Copies that begin later go on as they would have alone."""
+    rule, single, both = make_rule(), Segments([12], shapes=[(4, 3)]), Segments([12], 2, [(4, 3)])
+    params, grads = torch.zeros(9, 2, 12, dtype=torch.float64), torch.randn(9, 2, 12, generator=generator(1)).double()
+    grads[:3, 1] = 0.0
+    with torch.no_grad():
+        deltas, state = run(rule, both, params.flatten(1), grads.flatten(1))
+        for copy in range(2):
+            alone, its = run(rule, single, params[:, copy], grads[:, copy])
+            torch.testing.assert_close(deltas.view(9, 2, 12)[:, copy], alone, rtol=1e-10, atol=1e-12)
+            assert int(its["age"]) == int(state["age"][copy]) == (9 if copy == 0 else 6)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "adam_lstm", "rnnprop", "separate_lstm", "meta_lstm"])
+def test_any_rule_runs_in_bases(kind: str) -> None:
+    """In the bases of a gradient that has one, a rule sees one coordinate of it."""
+    rule, segments = random_rule({"kind": "in_eigenbases", "inner": {"kind": kind}}), Segments([12], shapes=[(4, 3)])
+    assert isinstance(rule, InEigenbases)
+    params, grads = torch.randn(2, 8, 12, generator=generator(2), dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(4, 4, generator=generator(3), dtype=torch.float64)).Q
+    with torch.no_grad():
+        deltas, _ = run(rule, segments, params, grads)
+        without, _ = run(rule.inner, segments, params, grads)
+        rotated, _ = run(rule, segments, *((turned @ x.view(8, 4, 3)).flatten(1) for x in (params, grads)))
+    assert not torch.allclose(deltas, without, rtol=0.1)
+    # Later steps depend on where the iteration began. After the first four, the first basis is that of the gradient.
+    assert deltas.isfinite().all() and rotated.isfinite().all()
+
+
+def test_bases_inside_bases_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot have bases inside"):
+        InEigenbases(InEigenbasesConfig(inner=InEigenbasesConfig()))

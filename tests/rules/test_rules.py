@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call
 
-from learnedopt.rules import RULES, Segments, build_rule
-from tests.rules.support import KINDS, VARIANTS, property_test, random_rule, random_values, run
+from learnedopt.rules import Segments, build_rule
+from tests.rules.support import KINDS, VARIANTS, Advancing, property_test, random_rule, random_values, run, small
 
 # Rules that look at tensors as wholes; for the others the borders between tensors mean nothing.
-READS_TENSORS = {"adam_lstm", "schedule_free_lstm", "eigenbasis"}
+READS_TENSORS = {"adam_lstm", "schedule_free", "in_eigenbases"}
 
 STEPS = 3
 
@@ -99,7 +99,7 @@ def test_copies_do_not_see_each_other(kind: str, sizes: list[int], copies: int, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if RULES[kind].zero_gradient_is_noop])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if build_rule({"kind": kind}).zero_gradient_is_noop])
 @property_test
 @given(seed=seeds, scale=st.sampled_from([0.1, 1.0, 100.0]))
 def test_coordinates_without_gradient_stay_where_they_are(
@@ -116,7 +116,7 @@ def test_coordinates_without_gradient_stay_where_they_are(
     assert (deltas[:, [0, 2, 3]] != 0.0).any()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not RULES[kind].zero_gradient_is_noop])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not build_rule({"kind": kind}).zero_gradient_is_noop])
 def test_rules_that_do_not_promise_to_stay_move_without_gradient(kind: str) -> None:
     rule, segments = random_rule(kind), Segments([3])
     params, grads = inputs(segments, 0)
@@ -172,7 +172,7 @@ def test_derivatives_are_finite_where_parameters_and_gradients_are_zero(kind: st
     "config", [*VARIANTS, pytest.param({"kind": "adam_lstm", "square_decay": 0.9}, id="adam_lstm-square")]
 )
 def test_derivatives_agree_with_finite_differences(config: dict[str, Any]) -> None:
-    rule, segments = random_rule({**config, "hidden_size": 2}), Segments([2, 1])
+    rule, segments = random_rule(small(config, 2)), Segments([2, 1])
     names = [name for name, _ in rule.named_parameters()]
     steps = 2
     # Away from the kinks: magnitudes of 0.3 to 2.
@@ -183,14 +183,12 @@ def test_derivatives_agree_with_finite_differences(config: dict[str, Any]) -> No
     losses = torch.tensor([1.7, 0.6], dtype=torch.float64, requires_grad=rule.needs_loss)
 
     def function(params: Tensor, grads: Tensor, losses: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        values = dict(zip(names, weights))
-        state = rule.init_state(segments, dtype=torch.float64)
+        values = {f"rule.{name}": weight for name, weight in zip(names, weights)}
+        state = rule.init_state(segments, dtype=torch.float64, param=params[0])
         deltas = []
         for param, grad, loss in zip(params, grads, losses):
-            statistics, tensor_state = rule.statistics(param, grad, state, segments, loss)
-            args = (param, grad, state, segments.expand(statistics))
-            delta, coordinate_state = functional_call(rule, values, args)
-            state = {**tensor_state, **coordinate_state}
+            delta, after = functional_call(Advancing(rule), values, (param, grad, state, segments, loss))
+            state = {**state, **after}
             deltas.append(delta)
         return (torch.stack(deltas), *(x for x in state.values() if x.requires_grad))
 
@@ -202,11 +200,12 @@ def test_derivatives_agree_with_finite_differences(config: dict[str, Any]) -> No
 def test_state_keeps_its_entries_shapes_and_values_given(kind: str) -> None:
     rule, segments = random_rule(kind), Segments([2, 3], copies=2)
     params, grads = inputs(segments, 0)
-    state = rule.init_state(segments, dtype=torch.float64)
+    state = rule.init_state(segments, dtype=torch.float64, param=params[0])
     assert {key: tuple(x.shape) for key, x in state.items()} == {
         key: (*spec.shape, 10 if spec.scope == "coordinate" else 4) for key, spec in rule.state_spec().items()
     }
-    assert all((x == 0).all() and x.dtype == torch.float64 for x in state.values())
+    starts = {key: params[0] if spec.starts_at == "param" else 0.0 for key, spec in rule.state_spec().items()}
+    assert all((x == starts[key]).all() and x.dtype == torch.float64 for key, x in state.items())
     given_values = [x.clone() for x in (params[0], grads[0], *state.values())]
     with torch.no_grad():
         _, new_state = rule.update(params[0], grads[0], state, segments, torch.tensor(1.0))
@@ -232,7 +231,7 @@ def test_empty_tensors_are_served(kind: str) -> None:
         ("lstm", 2 * 2 * 20),
         ("meta_lstm", 2 * 20 + 2),
         ("adam_lstm", 2 * 2 * 20 + 3),
-        ("schedule_free_lstm", 2 * 2 * 8 + 4),
+        ("schedule_free", 4),
         ("rnnprop", 2 * 2 * 20 + 2),
     ],
 )

@@ -1,4 +1,4 @@
-"""Schedule-Free Adam, modulated by an LSTM or by power laws alone: what the default rule runs in its bases."""
+"""Schedule-Free Adam with a modulator, which chooses step sizes, directions and averaging: the frame of the default."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
-from learnedopt.rules.moments import adam_directions, bias_correction, momentum_bound
-from learnedopt.rules.recurrent import CoordinatewiseLSTM
+from learnedopt.rules.modulators import CoordinateLSTM, PowerLaws, TensorController
+from learnedopt.rules.moments import adam_directions, bias_correction, momentum_bound, momentum_spec
 
 # Rows of the statistics: two bias corrections, the averaging weight, one over the RMS of the offset, then the features
 # that every coordinate of a tensor shares.
@@ -22,13 +22,12 @@ _AVERAGES = ("slope", "steepness", "distance")
 
 
 @dataclass(frozen=True)
-class ScheduleFreeLSTMConfig(RuleConfig):
-    """Settings of :class:`ScheduleFreeLSTMRule`."""
+class ScheduleFreeConfig(RuleConfig):
+    """Settings of :class:`ScheduleFreeRule`."""
 
-    kind: ClassVar[str] = "schedule_free_lstm"
-    hidden_size: int = 8
-    num_layers: int = 2
-    """0 for no LSTM: the read-out then has the features alone, and a parameter's state is four numbers."""
+    kind: ClassVar[str] = "schedule_free"
+    modulator: PowerLaws | CoordinateLSTM | TensorController = PowerLaws()
+    """What chooses step sizes, directions and averaging (:mod:`learnedopt.rules.modulators`)."""
     momentum_decay: float = 0.9
     """Decay of the momentum :math:`m`."""
     square_decay: float = 0.999
@@ -59,8 +58,8 @@ class ScheduleFreeLSTMConfig(RuleConfig):
     """As a feature, the step number is not told apart beyond this. The averaging weight goes on falling."""
 
 
-class ScheduleFreeLSTMRule(UpdateRule):
-    r"""Schedule-Free Adam, its step sizes, directions and averaging chosen at every step and coordinate by an LSTM.
+class ScheduleFreeRule(UpdateRule):
+    r"""Schedule-Free Adam, its step sizes, directions and averaging chosen at every step and coordinate by a modulator.
 
     Schedule-Free optimization moves a fast sequence :math:`z`, averages it into :math:`x`, and takes gradients in
     between, at :math:`\theta = \beta x + (1-\beta) z`; averaging does what a decaying step size is otherwise needed
@@ -70,18 +69,18 @@ class ScheduleFreeLSTMRule(UpdateRule):
 
     .. math::
         f &= (a, \tilde g, |a|, d / \mathrm{rms}(d), \text{tensor and time features}) \\
-        (o_0, \dots, o_3) &= W f + V\,\mathrm{LSTM}(f) + w \\
+        (o_0, \dots, o_3) &= \mathrm{modulator}(f) \\
         s &= \alpha\, e^{S \tanh(\gamma o_0 / S)}\, \big((1 + r_1)\, \tilde g + r_2\, a\big),
             \qquad r_k = M \tanh(o_k / M) \\
         c &= \min\!\Big(1,\ \frac{k + 1}{t + k}\, e^{C \tanh(o_3 / C)}\Big) \\
         \Delta\theta &= c\, d - (1 - \beta + \beta c)\, s, \qquad d \leftarrow (1 - c)(d - \beta s)
 
-    which is :math:`z \leftarrow z - s`, :math:`x \leftarrow (1 - c) x + c z` in other coordinates. By :math:`W` alone
-    step sizes are power laws of time, of a tensor's size and so on; the LSTM adds what depends on the past. The tensor
-    features are the log RMS of the parameter, the mean of :math:`a \tilde g` (the alignment of momentum and gradient),
-    the log RMS of :math:`a` (how consistent gradients are), the cosine between :math:`d` and :math:`-a`, and the log
-    RMS of :math:`d` over that of the parameter; the log RMSs and their difference are divided by 3 and clamped to
-    [-7/3, 1]. Then come :math:`\log t`, over its value at ``max_time``, and the *way*, by which too large steps show:
+    which is :math:`z \leftarrow z - s`, :math:`x \leftarrow (1 - c) x + c z` in other coordinates. The modulator is
+    :class:`~learnedopt.rules.PowerLaws` :math:`W f + w`, by which step sizes are power laws of time, of a tensor's size
+    and so on, or another of :mod:`learnedopt.rules.modulators`. The tensor features are the log RMS of the parameter,
+    the mean of :math:`a \tilde g` (the alignment of momentum and gradient), the log RMS of :math:`a` (how consistent
+    gradients are), the cosine between :math:`d` and :math:`-a`, and the log RMS of :math:`d` over that of the
+    parameter; the log RMSs and their difference are divided by 3 and clamped to [-7/3, 1]. Then come :math:`\log t`, over its value at ``max_time``, and the *way*, by which too large steps show:
 
     .. math::
         \tanh\left(\kappa\, \frac{\overline{\langle g,\, \theta_0 - \theta \rangle}}
@@ -99,35 +98,35 @@ class ScheduleFreeLSTMRule(UpdateRule):
     * A coordinate whose gradients have all been zero does not move; nor does anything at ``lr=0``.
     * Multiplying the loss by a constant changes nothing (up to ``eps``).
     * :math:`|\Delta\theta|` has a bound (:meth:`update_bound`).
-    * Untrained, with the read-out at zero, it is Schedule-Free Adam with step size :math:`\alpha` and polynomial
+    * Untrained, with all outputs zero, it is Schedule-Free Adam with step size :math:`\alpha` and polynomial
       averaging.
 
     ``lr`` multiplies :math:`\Delta\theta`, which is the same as multiplying :math:`s`, as long as it does not change.
 
-    Shapes: state ``h``, ``c`` are ``(num_layers, hidden_size, N)``; ``momentum``, ``square``, ``offset``, ``origin``
-    (:math:`\theta_0`) are ``(N,)``; ``step``, ``smallness``, and the three averages ``slope``, ``steepness`` and
-    ``distance`` are ``(S,)``.
+    Shapes: ``momentum``, ``square``, ``offset``, ``origin`` (:math:`\theta_0`) are ``(N,)``; ``step``, ``smallness``,
+    and the three averages ``slope``, ``steepness`` and ``distance`` are ``(S,)``; the modulator may have more.
 
     Source: this project. The form is that of Defazio et al. 2024, *The Road Less Scheduled* (arXiv:2405.15682, section
     2), the nominal averaging weight that of Shamir & Zhang 2013 (arXiv:1212.1824, section 4), the nominal term an idea
     of STAR (Harrison et al. 2022, arXiv:2209.11208, section 4), and the product of gradient and way what the distance
     estimates of Mishchenko & Defazio 2023 (Prodigy, arXiv:2306.06101, section 3) are made of.
 
-    >>> rule, segments = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(nominal_step=0.01)), Segments([2])
-    >>> delta, _ = rule.update(torch.ones(2), torch.tensor([5.0, -2.0]), rule.init_state(segments, param=torch.ones(2)), segments)
+    >>> rule, segments = ScheduleFreeRule(ScheduleFreeConfig(nominal_step=0.01)), Segments([2])
+    >>> param, grad = torch.ones(2), torch.tensor([5.0, -2.0])
+    >>> delta, _ = rule.update(param, grad, rule.init_state(segments, param=param), segments)
     >>> delta
     tensor([-0.0100,  0.0100], grad_fn=<SubBackward0>)
     """
 
-    config_class = ScheduleFreeLSTMConfig
-    config: ScheduleFreeLSTMConfig
+    config_class = ScheduleFreeConfig
+    config: ScheduleFreeConfig
     zero_gradient_is_noop = True
     reads_param = False
     way_limit: ClassVar[float] = 1e14
     """Gradients and ways are taken to be no larger in the averages, so that sums of squares are finite in float32."""
 
-    def __init__(self, config: ScheduleFreeLSTMConfig | None = None) -> None:
-        super().__init__(config or ScheduleFreeLSTMConfig())
+    def __init__(self, config: ScheduleFreeConfig | None = None) -> None:
+        super().__init__(config or ScheduleFreeConfig())
         config = self.config
         for name in ("momentum_decay", "square_decay", "way_decay", "interpolation"):
             if not 0.0 <= getattr(config, name) < 1.0:
@@ -142,24 +141,23 @@ class ScheduleFreeLSTMRule(UpdateRule):
             raise ValueError(f"averaging_power must be finite and not negative, got {config.averaging_power}")
         if not 1.0 < config.max_time < math.inf:
             raise ValueError(f"max_time must be above 1 and finite, got {config.max_time}")
-        features = _COORDINATE_FEATURES + _SHARED_FEATURES
-        self.lstm = CoordinatewiseLSTM(features, config.hidden_size, config.num_layers) if config.num_layers else None
-        self.readout = nn.Linear(features + (config.hidden_size if config.num_layers else 0), 4)
-        nn.init.zeros_(self.readout.weight)
-        nn.init.zeros_(self.readout.bias)
+        self.modulator = config.modulator.build(_COORDINATE_FEATURES, _SHARED_FEATURES, outputs=4)
 
     def state_spec(self) -> dict[str, StateSpec]:
         return {
-            **(self.lstm.state_spec() if self.lstm is not None else {}),
-            "momentum": StateSpec(turns_as="direction"),
+            **self.modulator.state_spec(),
+            "momentum": momentum_spec(self.config.momentum_decay, self.config.square_decay),
             "square": StateSpec(turns_as="square"),
             "offset": StateSpec(turns_as="direction"),
             "origin": StateSpec(starts_at="param"),
             **{name: StateSpec(scope="tensor") for name in ("step", "smallness", *_AVERAGES)},
         }
 
-    def update_bound(self) -> float:
+    def update_bound(self, *, turning: bool = False) -> float:
         r"""The largest change of any coordinate in one step at ``lr=1``, for any weights and any gradients.
+
+        Args:
+            turning: Where bases turn, and the momentum is cut to what the second moment allows.
 
         With :math:`\kappa` from :func:`~learnedopt.rules.moments.momentum_bound`,
         :math:`|s| \le \sigma = \alpha\, e^{S}\, ((1 + M)\, \kappa_{\tilde g} + M \kappa_a)`. Averaging weights never
@@ -168,6 +166,9 @@ class ScheduleFreeLSTMRule(UpdateRule):
         """
         config = self.config
         gradient, momentum = (momentum_bound(decay, config.square_decay) for decay in (0.0, config.momentum_decay))
+        if turning:  # in the first steps, corrections of the bias may let more through than the bound on the momentum
+            early = max(1.0, math.sqrt(1.0 - config.square_decay) / (1.0 - config.momentum_decay))
+            gradient, momentum = early * gradient, early * momentum
         mix = (1.0 + config.mix_bound) * gradient + config.mix_bound * momentum
         step = config.nominal_step * math.exp(config.log_step_bound) * mix
         return step * (1.0 + config.interpolation * math.exp(2.0 * config.log_averaging_bound))
@@ -188,9 +189,11 @@ class ScheduleFreeLSTMRule(UpdateRule):
     ) -> tuple[Tensor, State]:
         corrections = self.corrections(state)
         _, (a, g) = self._directions(grad, state, segments.expand(corrections))
-        # The way is small beside the parameters: in bases, rounding them would be most of it.
+        # The way is much smaller than the parameters: in bases, rounding them would be most of it.
         slope = (grad if own_grad is None else own_grad).clamp(-self.way_limit, self.way_limit)
         way = (state["origin"] - param).clamp(-self.way_limit, self.way_limit)
+        # At the first step it is zero, and so is its derivative: none that others would have to cancel.
+        way = torch.where(segments.expand(state["step"]) > 0.0, way, 0.0)
         offset = state["offset"]
         products = [param.square(), a * g, a.square(), offset.square(), offset * a]
         means = segments.mean(torch.stack([*products, slope * way, slope.square(), way.square()]))
@@ -234,8 +237,9 @@ class ScheduleFreeLSTMRule(UpdateRule):
                 torch.exp((1.0 - step) / config.warmup),
             ]
         )
+        shared, of_tensors = self.modulator.of_tensors(shared, state)
         statistics = torch.cat([corrections, averaging[None], 1.0 / rms_offset[None], shared])
-        return statistics, {"step": step, "smallness": smallness, **averages}
+        return statistics, {"step": step, "smallness": smallness, **averages, **of_tensors}
 
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
         config = self.config
@@ -243,11 +247,7 @@ class ScheduleFreeLSTMRule(UpdateRule):
         moments, (a, g) = self._directions(grad, state, statistics)
         averaging, per_offset, shared = statistics[_CORRECTIONS:].split([1, 1, _SHARED_FEATURES])
         seen = torch.cat([torch.stack([a, g, a.abs(), offset * per_offset[0]]), shared.expand(-1, grad.numel())])
-        units: State = {}
-        if self.lstm is not None:
-            top, units["h"], units["c"] = self.lstm(seen, state["h"], state["c"])
-            seen = torch.cat([seen, top])
-        out = torch.addmm(self.readout.bias.unsqueeze(1), self.readout.weight, seen)
+        out, units = self.modulator(seen, state)
         log_step = config.log_step_bound * torch.tanh(out[0] * (config.log_step_gain / config.log_step_bound))
         mix = config.mix_bound * torch.tanh(out[1:3] / config.mix_bound)
         log_weight = config.log_averaging_bound * torch.tanh(out[3] / config.log_averaging_bound)

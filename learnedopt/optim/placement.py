@@ -1,0 +1,181 @@
+"""Which parameters are worked on together, where they are, and what computes their step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import Tensor
+
+from learnedopt.kernels import (
+    Backend,
+    BackendName,
+    Case,
+    ReferenceBackend,
+    Tensors,
+    check_name,
+    choose,
+    get_backend,
+)
+from learnedopt.optim.options import Group
+from learnedopt.optim.registry import RuleRegistry
+from learnedopt.optim.sharding import Spread, align, keep_whole, local, most_over, spread, total_over, whole
+from learnedopt.optim.state import as_real, has_coordinates
+from learnedopt.rules import State, UpdateRule
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Backends:
+    """The choice of an optimizer: made once for each case, and the same in all processes that share parameters.
+
+    Args:
+        asked: ``"auto"``, or the name of a backend.
+    """
+
+    def __init__(self, asked: BackendName) -> None:
+        check_name(asked)
+        self._asked = asked
+        self._chosen: dict[Case, Backend] = {}
+        self._agreed: dict[tuple[Case, DeviceMesh | None], Backend] = {}
+
+    def cases(self, group: Group, rules: RuleRegistry) -> list[tuple[Case, DeviceMesh | None]]:
+        """What a group asks of backends, and for tensors spread over which processes."""
+        sha256 = group["rule_sha256"]
+        places = []
+        for param in group["params"]:
+            dtype = rules.dtype(sha256, param.dtype.to_real())
+            rule = rules.placed(sha256, param.device, dtype)
+            places.append((Case(rule, param.device, dtype, group["state_dtype"]), _mesh(spread(param))))
+        return list(dict.fromkeys(places))
+
+    def names(self, groups: list[Group], rules: RuleRegistry) -> str:
+        """What computes the step of all groups; for each device if that differs."""
+        cases = [case for group in groups for case in self.cases(group, rules)]
+        chosen = dict.fromkeys((case.device, self.choose(case, mesh).name) for case, mesh in cases)
+        names = {name for _, name in chosen}
+        if len(names) == 1:
+            return names.pop()
+        return ", ".join(f"{name} on {device}" for device, name in chosen)
+
+    def place(self, group: Group, rules: RuleRegistry) -> None:
+        """Copy the rule to where a group's parameters are: now, as a copy cannot be part of a compiled step.
+
+        And say now if the backend that was asked for cannot serve; of parameters that are nowhere yet, later.
+        """
+        for case, _ in self.cases(group, rules):
+            if case.device.type != "meta":
+                self.choose(case)
+
+    def choose(self, case: Case, mesh: DeviceMesh | None = None) -> Backend:
+        """Chosen once: a step does not change because something was compiled in the meantime."""
+        if torch.compiler.is_compiling() and self._asked == "auto":
+            return ReferenceBackend()
+        if (case, mesh) in self._agreed:
+            return self._agreed[case, mesh]
+        if case not in self._chosen:
+            self._chosen[case], _ = choose(case, self._asked)
+        return self._chosen[case]
+
+    def agree(self, case: Case, mesh: DeviceMesh | None) -> Backend:
+        """The choice for tensors that are spread over processes: the same in all of them.
+
+        Each chooses by what is compiled on its own disk, and together they take the slowest of their choices. They are
+        asked in their first step, where all of them are.
+        """
+        backend = self.choose(case, mesh)
+        settled = self._asked != "auto" or torch.compiler.is_compiling() or (case, mesh) in self._agreed
+        if mesh is None or settled:
+            return backend
+        names = get_args(BackendName)  # the fastest first
+        slowest = most_over(mesh, names.index(backend.name), case.device)
+        self._agreed[case, mesh] = get_backend(names[slowest])
+        return self._agreed[case, mesh]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chosen": {}, "_agreed": {}}
+
+
+@dataclass
+class Batch:
+    """Parameters of a group that are worked on together: of one device, dtype and sharding."""
+
+    rule: UpdateRule
+    dtype: torch.dtype
+    layout: Spread | None
+    gathered: bool
+    """Whether every process works on whole tensors: what is in bases mixes rows and columns that others may hold."""
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[State]
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        return _mesh(self.layout)
+
+    def tensors(self, group: Group, together: int) -> Tensors:
+        """What a backend is given."""
+        here = whole if self.gathered else local
+        return Tensors(
+            [here(param) for param in self.params],
+            [here(grad) for grad in self.grads],
+            [{name: here(values) for name, values in state.items()} for state in self.states],
+            dtype=self.dtype,
+            state_dtype=group["state_dtype"],
+            counts=[param.numel() for param in self.params],
+            total=None if self.layout is None or self.gathered else total_over(self.layout),
+            maximize=group["maximize"],
+            together=together,
+        )
+
+    def keep(self, moved: Tensors) -> None:
+        """Write what has moved where this process holds it, if that is not where it moved."""
+        if self.gathered:
+            for param, values in zip(self.params, moved.params):
+                keep_whole(param, values)
+
+
+def batches(
+    group: Group, rules: RuleRegistry, state_of: Callable[[Tensor, UpdateRule, Tensor, torch.dtype], State]
+) -> list[Batch]:
+    """The parameters of a group that have gradients, by what can be worked on together.
+
+    Args:
+        state_of: A parameter's state, given it, its rule, its values as reals and the dtype that is computed in.
+    """
+    found: dict[tuple[torch.device, torch.dtype, Spread | None, bool], Batch] = {}
+    for param in dict.fromkeys(group["params"]):
+        if param.grad is None:
+            continue
+        value, grad = as_real(param), as_real(align(param.grad, param))
+        dtype = rules.dtype(group["rule_sha256"], value.dtype)
+        rule, layout = rules.placed(group["rule_sha256"], value.device, dtype), spread(value)
+        # One call for tensors with coordinates of their own and those without: on small networks calls are what a step
+        # costs. A compiler, though, does not take those with.
+        apart = layout is not None or torch.compiler.is_compiling()
+        inside = apart and has_coordinates(rule, value)
+        key = value.device, dtype, layout, inside
+        batch = found.setdefault(key, Batch(rule, dtype, layout, inside and layout is not None, [], [], []))
+        batch.params.append(value)
+        batch.grads.append(grad)
+        batch.states.append(state_of(param, rule, value, dtype))
+    return list(found.values())
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of a rule does not depend on where in the loop ``step`` is called."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _mesh(layout: Spread | None) -> DeviceMesh | None:
+    return None if layout is None else layout[0]

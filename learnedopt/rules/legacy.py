@@ -1,0 +1,92 @@
+"""What was written before rules were composed (version 0.1): its configurations, weights and states as they are now.
+
+Then ``schedule_free_lstm`` was the frame and its modulator in one, and ``eigenbasis`` the same in bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from learnedopt.rules.base import State
+
+_OF_LSTM = ("hidden_size", "num_layers")
+_OF_BASES = ("factor_decay", "settling", "interval", "shift", "max_side")
+_HIDDEN = 8
+"""The setting of rules without an LSTM, which meant nothing."""
+
+
+def modern_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A rule's configuration as it is written now, from one of any time.
+
+    >>> modern_config({"kind": "schedule_free_lstm", "hidden_size": 4, "num_layers": 0, "warmup": 5.0})
+    {'kind': 'schedule_free', 'modulator': {'kind': 'power_laws'}, 'warmup': 5.0}
+    """
+    kind, values = values.get("kind"), dict(values)
+    if kind == "eigenbasis":
+        own = {name: values.pop(name) for name in _OF_BASES if name in values}
+        inner = {"square_decay": 0.99, **values, "kind": "schedule_free_lstm"}
+        return {"kind": "in_eigenbases", "inner": modern_config(inner), **own}
+    if kind == "schedule_free_lstm":
+        hidden_size, num_layers = values.pop("hidden_size", _HIDDEN), values.pop("num_layers", 2)
+        lstm = {"kind": "lstm_of_coordinates", "hidden_size": hidden_size, "num_layers": num_layers}
+        return {**values, "kind": "schedule_free", "modulator": lstm if num_layers else {"kind": "power_laws"}}
+    return values
+
+
+def modern_weights(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Meta-parameters by the names that they have now, from those of a rule of a former kind."""
+    frame = {"eigenbasis": "inner.", "schedule_free_lstm": ""}.get(kind)
+    if frame is None:
+        return dict(weights)
+    return {f"{frame}modulator.{name.removeprefix(frame)}": value for name, value in weights.items()}
+
+
+def former(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The configuration and the weights as version 0.1 had them; ``None`` where they were the same or there was none.
+
+    >>> former({"kind": "schedule_free", "modulator": {"kind": "power_laws"}}, {})
+    ({'kind': 'schedule_free_lstm', 'hidden_size': 8, 'num_layers': 0}, {})
+    """
+    match config:
+        case {"kind": "in_eigenbases", "inner": {"kind": "schedule_free"} as inner, **own}:
+            frame, kind = "inner.", "eigenbasis"
+        case {"kind": "schedule_free", **rest}:
+            inner, own, frame, kind = rest, {}, "", "schedule_free_lstm"
+        case _:
+            return None
+    values = {name: value for name, value in inner.items() if name not in ("kind", "modulator")}
+    match inner["modulator"]:
+        case {"kind": "power_laws"}:
+            lstm = {"hidden_size": _HIDDEN, "num_layers": 0}
+        case {"kind": "lstm_of_coordinates", **settings}:
+            lstm = {name: settings[name] for name in _OF_LSTM}
+        case _:
+            return None
+    prefix = f"{frame}modulator."
+    return (
+        {"kind": kind, **lstm, **values, **own},
+        {f"{frame}{name.removeprefix(prefix)}": value for name, value in weights.items()},
+    )
+
+
+def modern_state(state: State, param: Tensor) -> State:
+    """A tensor's state as it is now, from that of version 0.1: its origin is a point in the tensor's own coordinates.
+
+    Args:
+        state: Of a rule of one of the former kinds.
+        param: The parameter, real and whole where it has bases.
+    """
+    if "origin" not in state:
+        return state
+    origin = state["origin"]
+    if not state["step"]:  # it was set in the first step
+        origin = param.detach().to(origin, copy=True)
+    elif "age" in state:
+        x = origin.reshape(len(origin), -1)
+        x = state["left_basis"] @ x if "left_basis" in state else x
+        x = x @ state["right_basis"].mT if "right_basis" in state else x
+        origin = x.reshape(origin.shape)
+    return {**state, "origin": origin}
