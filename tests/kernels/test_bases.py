@@ -12,17 +12,18 @@ from torch import Tensor
 
 from benchmarks.step_cost import extra_memory
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import AGE, Tensors, bases
-from learnedopt.kernels.choice import get_backend
-from learnedopt.rules import InEigenbasesConfig, InEigenbases, LSTMRule, ScheduleFreeRule, Segments, State
-from learnedopt.rules.eigenbasis import Bases, GradientSize
-from tests.optim.reference import draw_grads, same_bits, snapshot, trained
+from learnedopt.kernels import StepOptions, Tensors, get_backend, step
+from learnedopt.kernels.bases import step as bases
+from learnedopt.rules import InEigenbases, ScheduleFreeRule, Segments, State
+from learnedopt.rules.coordinates import AGE, GradientSize
+from learnedopt.rules.eigenbasis import Eigenbases
+from tests.optim.reference import draw_grads, in_bases, same_bits, snapshot, trained
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 def make_rule() -> InEigenbases:
-    return trained(InEigenbases(InEigenbasesConfig(num_layers=0, settling=2, interval=3)), scale=0.1)
+    return trained(in_bases(settling=2, interval=3), scale=0.1)
 
 
 def run(steps: int, device: str = "cpu") -> LearnedOptimizer:
@@ -68,8 +69,7 @@ def test_a_tensor_in_strips_moves_as_it_does_whole(
     backend: Any, layers: int, state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows and columns too long for a basis, matrices in other orders in memory, a gradient that is too large."""
-    config = InEigenbasesConfig(num_layers=layers, hidden_size=4, settling=2, interval=2, max_side=6)
-    rule = trained(InEigenbases(config), scale=0.1)
+    rule = trained(in_bases(layers, settling=2, interval=2, max_side=6), scale=0.1)
 
     def run() -> tuple[LearnedOptimizer, int]:
         generator, taken = torch.Generator().manual_seed(0), 0
@@ -123,7 +123,7 @@ def test_what_a_step_needs_does_not_grow_with_the_model(
     """Less than 64 MiB with the settings as they are, and so a 256th of that with a 256th of them."""
     for name in ("AT_ONCE", "STRIP", "STACKED"):
         monkeypatch.setattr(bases, name, getattr(bases, name) // 256)
-    rule = trained(InEigenbases(InEigenbasesConfig(num_layers=0, max_side=80)), scale=0.1)
+    rule = trained(in_bases(max_side=80), scale=0.1)
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).requires_grad_() for _ in range(count)]
     draw_grads(generator, params)
@@ -136,13 +136,19 @@ def test_what_a_step_needs_does_not_grow_with_the_model(
 def test_a_tensor_in_strips_refuses_statistics_that_add_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     class Twice(ScheduleFreeRule):
         def statistics(
-            self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+            self,
+            param: Tensor,
+            grad: Tensor,
+            state: State,
+            segments: Segments,
+            loss: Tensor | None = None,
+            own_grad: Tensor | None = None,
         ) -> tuple[Tensor, State]:
             segments.mean(param)
-            return super().statistics(param, grad, state, segments, loss)
+            return super().statistics(param, grad, state, segments, loss, own_grad)
 
     monkeypatch.setattr(bases, "AT_ONCE", 25)
-    rule = InEigenbases(InEigenbasesConfig(num_layers=0, max_side=6))
+    rule = in_bases(max_side=6)
     rule.inner = Twice(rule.inner.config)
     param = torch.ones(20, 5, requires_grad=True)
     param.grad = torch.ones(20, 5)
@@ -174,7 +180,7 @@ def test_a_step_that_is_skipped_on_the_device_changes_nothing_but_the_age(age: i
     tensors = Tensors([param] * len(states), grads, states, torch.float32, "float32", [30] * len(states))
     stack = torch.stack(grads) if age else grads[0]
     size = GradientSize.of([stack])
-    bases._follow(make_rule(), [stack], size, (6, 5), states, tensors, torch.tensor(True))
+    bases._follow(make_rule(), [stack], size, tensors, torch.tensor(True))
     for name in state:
         for found in states:
             assert same_bits([found[name]], [before[name] + (name == AGE and age > 0)]), name
@@ -188,15 +194,14 @@ def test_a_stack_moves_as_its_tensors_do_alone(
     backend: Any, layers: int, state_dtype: torch.dtype, weight_decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors of one shape as matrices, one of which begins later; with a basis for one side; others beside them."""
-    config = InEigenbasesConfig(num_layers=layers, hidden_size=4, settling=2, interval=2, max_side=8)
-    rule = trained(InEigenbases(config), scale=0.1)
+    rule = trained(in_bases(layers, settling=2, interval=2, max_side=8), scale=0.1)
     shapes = [(6, 4), (5,), (6, 2, 2), (6, 4), (4, 9), (3, 3), (6, 4), (4, 9), ()]
 
     def run() -> tuple[LearnedOptimizer, list[int]]:
         generator, taken = torch.Generator().manual_seed(0), []
 
-        def counted(*args: Any) -> Bases:
-            taken.append(len(args[4]))
+        def counted(*args: Any) -> State:
+            taken.append(len(args[3].states))
             return follow(*args)
 
         follow = bases._follow
@@ -238,11 +243,10 @@ def test_a_stack_moves_as_its_tensors_do_alone(
 
 def test_the_rate_and_what_is_skipped_may_be_on_the_device() -> None:
     """Nothing of this is asked on the host; on the CPU the host would know."""
-    here = Bases({})
     for lr, skip, moved in ((1.0, False, True), (1.0, True, False), (0.0, False, False)):
         params = [torch.ones(2, 3), torch.ones(2, 3)]
-        before = torch.stack(params)
-        bases._take_back(here, params, before, before + 2.0, torch.tensor(lr), 0.0, torch.tensor(skip))
+        inside = bases._Inside({}, params, torch.ones(2, 2, 3), None, torch.full((2, 2, 3), 2.0))
+        inside.leave(make_rule(), StepOptions(lr=torch.tensor(lr), skip=torch.tensor(skip)))
         assert all((param == (3.0 if moved else 1.0)).all() for param in params)
 
 
@@ -250,13 +254,13 @@ def test_weight_decay_where_nothing_has_bases() -> None:
     rule = make_rule()
     state = {name: torch.zeros(3 if spec.scope == "coordinate" else ()) for name, spec in rule.state_spec().items()}
     tensors = Tensors([torch.ones(3)], [torch.zeros(3)], [state], torch.float32, "float32", [3])
-    bases.step_in_bases(get_backend("reference"), rule, tensors, lr=0.5, weight_decay=0.5)
+    step(get_backend("reference"), rule, tensors, StepOptions(lr=0.5, weight_decay=0.5))
     assert (tensors.params[0] == 0.75).all()
 
 
 def test_copies_of_matrices_count_as_what_is_taken_together() -> None:
     """A stack holds them too; of a thin matrix they are far larger than it, and so it is not stacked."""
-    rule = InEigenbases(InEigenbasesConfig(num_layers=0))
+    rule = in_bases()
     copied = {(8, 8): 4 * 64, (8, 600): 2 * 64, (256, 256): 4 * 65536, (300, 2): 0, (300, 300): 0}
     state = {AGE: torch.ones(())}
     assert {shape: bases._copied(rule, torch.empty(shape), state) for shape in copied} == copied
@@ -303,12 +307,12 @@ def test_large_gradients_are_gradients_and_infinite_ones_leave_the_state_finite(
 def test_products_are_precise_whatever_the_user_has_chosen_for_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, backends = [], cast(Any, torch.backends)
 
-    def enter(self: Bases, x: Tensor) -> Tensor:
+    def enter(self: Eigenbases, x: Tensor, own: State) -> Tensor:
         seen.append(backends.mkldnn.matmul.fp32_precision)
-        return original(self, x)
+        return original(self, x, own)
 
-    original = Bases.enter
-    monkeypatch.setattr(Bases, "enter", enter)
+    original = Eigenbases.enter
+    monkeypatch.setattr(Eigenbases, "enter", enter)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
@@ -334,14 +338,38 @@ def test_it_cannot_be_captured_and_says_so() -> None:
     assert same_bits(snapshot(optimizer), before)
 
 
-def test_matrices_of_other_rules_are_refused() -> None:
-    class Mine(LSTMRule):
-        def matrices(self, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
-            return {"mine": (2, 2)} if len(shape) == 2 else {}
+def test_coordinates_of_ones_own_are_followed_by_the_same_steps() -> None:
+    """Whatever serves as coordinates: here the rows of a matrix in reverse, which change nothing."""
 
-    param = torch.ones(2, 2, requires_grad=True)
-    param.grad = torch.ones(2, 2)
-    optimizer = LearnedOptimizer([param], Mine())
-    with pytest.raises(TypeError, match="Mine has matrices of its own"):
-        optimizer.step()
-    assert (param == 1.0).all()
+    class Reversed(Eigenbases):
+        def serve(self, shape: Sequence[int]) -> bool:
+            return len(shape) == 2
+
+        def initial(self, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | None) -> State:
+            return {AGE: torch.zeros((), dtype=torch.int64)} if self.serve(shape) else {}
+
+        def cut(self, shape: Sequence[int]) -> int | None:
+            return -1
+
+        def enter(self, x: Tensor, own: State) -> Tensor:
+            return x.flip(-2)
+
+        def leave(self, x: Tensor, own: State) -> Tensor:
+            return x.flip(-2)
+
+    class Mine(InEigenbases):
+        def __init__(self) -> None:
+            super().__init__()
+            self.coordinates = Reversed(self.config, self.inner.state_spec())
+
+    moved, rule = [], trained(Mine(), scale=0.1)
+    for its in (rule, rule.inner):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(4, 3, generator=generator).requires_grad_(), torch.ones(3, requires_grad=True)]
+        optimizer = LearnedOptimizer(params, its, backend="reference")
+        for _ in range(5):
+            draw_grads(generator, params)
+            optimizer.step()
+        moved.append(params)
+    for one, other in zip(*moved, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

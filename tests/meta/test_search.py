@@ -17,7 +17,7 @@ from learnedopt.rules import LSTMConfig, ScheduleFreeConfig, build_rule
 from learnedopt.tasks import Mixture, Quadratics, TaskFamily
 from learnedopt.zoo import load_rule
 
-RULE = ScheduleFreeConfig(num_layers=0, nominal_step=1e-4)
+RULE = ScheduleFreeConfig(nominal_step=1e-4)
 FAMILY = Mixture((Quadratics(dimension=3), Quadratics(dimension=5)))
 CONFIG = SearchConfig(
     updates=8,
@@ -74,14 +74,14 @@ from learnedopt.tasks import Mixture, Quadratics
 
 coordinates = (("readout.bias[0]", 0.0, 0.5), ("readout.bias[3]", 0.0, 0.5))
 search = SearchConfig(updates=9, coordinates=coordinates, population=4, horizon=12)
-rule = ScheduleFreeConfig(num_layers=0)
+rule = ScheduleFreeConfig()
 RECIPE = Recipe("mine", "a search", "quadratics", rule, search, lambda root: Mixture((Quadratics(),)))
 """
     )
     command = ["meta-train", str(recipe), "--out", str(tmp_path / "run"), "--export", str(tmp_path / "zoo")]
     assert main([*command, "--training.updates", "2"]) == 0
     assert "at update 2" in capsys.readouterr().out
-    assert load_rule(tmp_path / "zoo" / "mine").config == ScheduleFreeConfig(num_layers=0)
+    assert load_rule(tmp_path / "zoo" / "mine").config == ScheduleFreeConfig()
 
 
 def test_gains_are_logarithms_of_speed() -> None:

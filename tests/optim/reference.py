@@ -10,16 +10,17 @@ import torch
 from torch import Generator, Tensor
 
 from learnedopt import LearnedOptimizer, LSTMOptimizer, MetaLSTMOptimizer
-from learnedopt.kernels import AGE
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
-    InEigenbasesConfig,
+    CoordinateLSTM,
     InEigenbases,
+    InEigenbasesConfig,
     LSTMConfig,
     LSTMRule,
     MetaLSTMConfig,
     MetaLSTMRule,
+    PowerLaws,
     RNNpropConfig,
     RNNpropRule,
     RuleConfig,
@@ -32,6 +33,7 @@ from learnedopt.rules import (
     StateSpec,
     UpdateRule,
 )
+from learnedopt.rules.coordinates import AGE
 
 Rule = TypeVar("Rule", bound=UpdateRule)
 
@@ -92,6 +94,12 @@ def descending_lstm() -> LSTMRule:
     return rule
 
 
+def in_bases(layers: int = 0, **settings: int) -> InEigenbases:
+    """The default's form, with so many layers of an LSTM of four units."""
+    modulator = CoordinateLSTM(hidden_size=4, num_layers=layers) if layers else PowerLaws()
+    return InEigenbases(InEigenbasesConfig(ScheduleFreeConfig(modulator, square_decay=0.99), **settings))
+
+
 @dataclass(frozen=True)
 class Case:
     optimizer: type[LearnedOptimizer]
@@ -106,13 +114,13 @@ CASES = {
     "meta-lstm": Case(MetaLSTMOptimizer, lambda: trained(MetaLSTMRule(MetaLSTMConfig(hidden_size=4)))),
     "adam-lstm": Case(LearnedOptimizer, lambda: trained(AdamLSTMRule(AdamLSTMConfig(hidden_size=4)))),
     "schedule-free": Case(
-        LearnedOptimizer, lambda: trained(ScheduleFreeRule(ScheduleFreeConfig(hidden_size=4)))
+        LearnedOptimizer, lambda: trained(ScheduleFreeRule(ScheduleFreeConfig(modulator=CoordinateLSTM(hidden_size=4))))
     ),
     "rnnprop": Case(LearnedOptimizer, lambda: trained(RNNpropRule(RNNpropConfig(hidden_size=4)))),
     "separate-lstm": Case(LearnedOptimizer, lambda: trained(SeparateLSTMRule(SeparateLSTMConfig(hidden_size=4)))),
-    "in_eigenbases": Case(
+    "eigenbasis": Case(
         LearnedOptimizer,
-        lambda: trained(InEigenbases(InEigenbasesConfig(hidden_size=4, settling=2, interval=2)), scale=0.1),
+        lambda: trained(in_bases(layers=2, settling=2, interval=2), scale=0.1),
     ),
     "trace": Case(LearnedOptimizer, TraceRule),
 }
@@ -177,7 +185,12 @@ class ReferenceLoop:
         self.dtype = torch.promote_types(torch.float32, params[0].dtype)
         self.rule = rule.to(self.dtype)
         self.params = [param.detach().clone() for param in params]
-        self.states = [rule.init_state(Segments([param.numel()], shapes=[param.shape]), self.dtype) for param in params]
+        self.states = [
+            rule.init_state(
+                Segments([param.numel()], shapes=[param.shape]), self.dtype, param=param.detach().reshape(-1)
+            )
+            for param in params
+        ]
 
     @torch.no_grad()
     def step(self, grads: list[Tensor], loss: float, lr: float = 1.0, weight_decay: float = 0.0) -> None:
