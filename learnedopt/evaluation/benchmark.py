@@ -31,9 +31,9 @@ import torch
 
 from learnedopt.evaluation import records
 from learnedopt.evaluation.contenders import Contender, Setting, find_contender
+from learnedopt.evaluation.measurement import Measurements, Problems, step_cost, train
 from learnedopt.evaluation.records import Record, decode, encode
 from learnedopt.evaluation.tasks import BenchmarkTask, find_tasks
-from learnedopt.evaluation.training import Measurements, step_cost, train
 from learnedopt.meta.recipe import source_commit
 
 YARDSTICK = "adam"
@@ -343,15 +343,12 @@ class _Runner:
     ) -> Measurements:
         every, horizon = self._plan.every, self._plan.horizon
         return train(
-            self._family,
+            Problems(self._family, seed, copies, self._shared),
             self._contender,
             settings,
             steps,
-            seed,
-            copies,
             every=every,
             held_out_at=(*range(0, steps + 1, 5 * every), *range(0, steps + 1, horizon)) if held_out else (),
-            shared=self._shared,
         )
 
 
