@@ -30,6 +30,10 @@ class Entry:
         return f"{self.contender}, tuned" if self.tuned else self.contender
 
 
+OPPONENTS = (Entry("adam", False), Entry("adamw-cosine", False), Entry("adam", True), Entry("adamw-cosine", True))
+"""Whom everybody is compared with."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One entry's losses beside another's, over tasks."""
@@ -45,8 +49,8 @@ class Comparison:
     left out; 1 for fewer than two."""
 
 
-class Results:
-    """The records of one horizon and one number of reporting seeds.
+class Runs:
+    """The records of one horizon and one number of reporting seeds: what was measured.
 
     Args:
         records: What :func:`learnedopt.evaluation.records.read` gave.
@@ -181,6 +185,10 @@ class Results:
         found = of_kind(self._about.get((task, contender), []), "cost")
         return (found[-1]["gradient_ms"], found[-1]["optimizer_ms"]) if found else None
 
+
+class Results(Runs):
+    """What :class:`Runs` say, of the same arguments: speed-ups, times to a target, comparisons."""
+
     def envelope(self, task: str) -> tuple[Values, Values] | None:
         """The lower envelope of Adam over learning rates: steps, and the lowest loss reached by then."""
         sweeps = [record for record in of_kind(self._about.get((task, YARDSTICK), []), "sweep") if "curves" in record]
@@ -191,7 +199,7 @@ class Results:
         return np.array(longest["curves_at"], dtype=np.float64), np.minimum.accumulate(lowest)
 
     def speedup(self, task: str, entry: Entry, horizon: int) -> Values | None:
-        """VeLO's normalised speed-up, one per seed: :func:`steps_needed` by Adam over the steps taken.
+        """VeLO's normalized speed-up, one per seed: :func:`steps_needed` by Adam over the steps taken.
 
         Where Adam never gets there, as many as it was given: a lower bound (:meth:`speedup_limit`). Zero where the run
         diverged.
