@@ -115,14 +115,14 @@ def _sensitivity(results: Results, horizon: int) -> Figure | None:
             rates = np.array([sweep["settings"][place]["lr"] for place in chosen]) / default["lr"]
             losses = decode(sweep["final"])[chosen][:, sweep["at"].index(horizon)].mean(-1)
             axes.plot(rates, losses, marker=".", label=name, **_style(results, Entry(name, True)))  # type: ignore[arg-type]
-        axes.axvline(1.0, color="grey", linestyle=":", linewidth=1)
+        axes.axvline(1.0, color="gray", linestyle=":", linewidth=1)
         axes.set(title=task, xlabel="learning rate / default", ylabel="final loss", xscale="log", yscale="log")
     _legend(figure, max(panels, key=lambda axes: len(axes.lines)))
     return figure
 
 
 def _cost(results: Results, horizon: int) -> Figure | None:
-    """What a step costs beside how much a step is worth."""
+    """What a step costs, and what it is worth."""
     points = []
     for entry in results.entries:
         speed = results.mean_speedup(entry, horizon) if results.complete(entry, horizon) else None
@@ -145,7 +145,7 @@ def _cost(results: Results, horizon: int) -> Figure | None:
             color=str(_style(results, entry)["color"]),
             label=str(entry),
         )
-    axes.axhline(1.0, color="grey", linestyle=":", linewidth=1)
+    axes.axhline(1.0, color="gray", linestyle=":", linewidth=1)
     axes.set(
         xlabel="time of a step, in times of its gradient (geometric mean over tasks)",
         ylabel="speed-up in steps over lr-tuned Adam (IQM)",

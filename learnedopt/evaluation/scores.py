@@ -36,7 +36,7 @@ OPPONENTS = (Entry("adam", False), Entry("adamw-cosine", False), Entry("adam", T
 
 @dataclass(frozen=True)
 class Comparison:
-    """One entry's losses beside another's, over tasks."""
+    """One entry's losses compared with another's, over tasks."""
 
     better: int
     """Tasks of lower median loss."""
@@ -57,7 +57,7 @@ class Runs:
         tasks: Names of sets or tasks, all that occur if there are none.
 
     Raises:
-        ValueError: there are no runs, or runs that cannot stand beside each other: of different horizons or numbers of
+        ValueError: there are no runs, or runs that cannot be compared: of different horizons or numbers of
             seeds, or with different starts on the same task.
     """
 
@@ -249,7 +249,7 @@ class Results(Runs):
         return None if steps is None or cost is None else steps * sum(cost) / 1000
 
     def compare(self, ours: Entry, theirs: Entry, horizon: int) -> Comparison | None:
-        """Final losses of one entry beside another's; ``None`` if they share no task."""
+        """Final losses of one entry compared with another's; ``None`` if they share no task."""
         pairs = [(self.final(task, ours, horizon), self.final(task, theirs, horizon)) for task in self.tasks]
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
         if not both:

@@ -117,7 +117,7 @@ def check(contender: Contender) -> None:
     for place, setting in enumerate(settings):
         for copy in range(COPIES):
             _, losses = alone(contender, setting, copy)
-            # Muon orthogonalises in bfloat16, where other orders of summation show.
+            # Muon orthogonalizes in bfloat16, where other orders of summation show.
             tolerance = 2e-2 if contender.layout == "stacked" else 1e-4
             np.testing.assert_allclose(measured.losses[:, place, copy], smooth(np.array(losses), DECAY), tolerance)
     assert not np.allclose(measured.losses[-1, 0], measured.losses[-1, 1], rtol=1e-4)
