@@ -29,6 +29,7 @@ import json
 import math
 import platform
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -44,24 +45,18 @@ from tqdm import tqdm
 
 import learnedopt
 from learnedopt.data import ImageData, mnist
-from learnedopt.evaluation import (
-    BASELINES,
-    GRID,
-    Criterion,
-    Estimate,
-    Run,
-    bootstrap,
-    paired_ratio,
-    run_problems,
-    share_below,
-    tune,
-)
+from learnedopt.evaluation import Estimate, bootstrap, paired_ratio, share_below
 from learnedopt.evaluation.statistics import mean, median
 from learnedopt.meta import MetaTrainConfig, SGDTeacher, load_recipe
 from learnedopt.meta.recipe import source_commit
 from learnedopt.optim import LearnedOptimizer
 from learnedopt.tasks import MLPClassification, Quadratics, TaskFamily
 from learnedopt.zoo import load_rule, rule_fingerprint
+
+# Run as a file, a program finds the modules of its own folder only.
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks.harness.baselines import BASELINES, GRID, Criterion, tune
+from benchmarks.harness.runs import Run, run_problems
 
 HAND_WRITTEN = ("sgd", "nag", "rmsprop", "adam")
 NAMES = {

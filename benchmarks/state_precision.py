@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from torch import Tensor
 
 import learnedopt
 from learnedopt.data import mnist
-from learnedopt.evaluation import bootstrap, paired_ratio, run_problems
+from learnedopt.evaluation import bootstrap, paired_ratio
 from learnedopt.evaluation.statistics import Values, mean, median
 from learnedopt.kernels import BackendName, state_layout
 from learnedopt.meta.recipe import source_commit
@@ -48,6 +49,10 @@ from learnedopt.tasks import (
     TaskFamily,
 )
 from learnedopt.zoo import entry_info, load_rule
+
+# Run as a file, a program finds the modules of its own folder only.
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks.harness.runs import run_problems
 
 SEED = 3
 VARIANTS: dict[str, tuple[torch.dtype, BackendName]] = {

@@ -75,7 +75,7 @@ class Panel:
 
 
 def build_network(activation: str, widths: Sequence[int], seed: int) -> nn.Sequential:
-    """An MLP with torch's default initialisation, drawn from a seed; the global generator is left as it was."""
+    """An MLP with torch's default initialization, drawn from a seed; the global generator is left as it was."""
     nonlinearity = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU}[activation]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

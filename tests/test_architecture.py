@@ -65,7 +65,7 @@ def test_a_room_imports_only_from_rooms_before_it(path: Path) -> None:
         ("optim/new.py", "def f():\n    import learnedopt.tasks.mlp", ["tasks"]),
         ("optim/new.py", "from learnedopt import LearnedOptimizer, zoo", ["__init__"]),
         ("meta/new.py", "from learnedopt import evaluation, tasks, zoo", ["evaluation"]),
-        ("cli.py", "from learnedopt import __version__, demo", []),
+        ("cli/new.py", "from learnedopt import __version__, demo", []),
         ("__init__.py", "from learnedopt.optim import LearnedOptimizer\nfrom learnedopt.data import digits", ["data"]),
     ],
 )

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import learnedopt
-from learnedopt import cli, demo, zoo
-from learnedopt.cli import main
+from learnedopt import demo, zoo
+from learnedopt.cli import demos, main
 from learnedopt.data import digits
 from learnedopt.fewshot import learner_info, list_learners
 from learnedopt.rules import AdamLSTMConfig, AdamLSTMRule, LSTMConfig, LSTMRule
@@ -284,7 +284,7 @@ SMALL = demo.Demo(
 def test_the_demo_prints_a_table_per_network_and_draws_the_curves(
     own_zoo: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    monkeypatch.setattr(cli, "Demo", lambda: SMALL)
+    monkeypatch.setattr(demos, "Demo", lambda: SMALL)
     assert main(["demo", "--out", "curves.png"]) == 0
     output = capsys.readouterr().out
     for title in ("sigmoid network 64-4-10", "relu network 64-4-4-10"):

@@ -40,8 +40,8 @@ def glyphs(
 
     A rendering takes a random face of DejaVu or STIX that has the character, turns it by up to 12°, shears it by up to
     0.2, scales it so that its longer side fills 60 to 90 % of the image, moves it within what is left, and averages it
-    down to ``size`` x ``size`` grey levels, the glyph near 1 and the ground 0. All of it follows from ``seed``; other
-    versions of Pillow may differ in single grey levels.
+    down to ``size`` x ``size`` gray levels, the glyph near 1 and the ground 0. All of it follows from ``seed``; other
+    versions of Pillow may differ in single gray levels.
 
     Every class is split as :func:`split_by_class` does. Raises as :func:`glyph_images`, and ``ValueError`` for fewer
     than 4 ``examples``.
@@ -111,7 +111,7 @@ def _folder() -> Path:
 
 
 def _render(generator: Generator, character: str, homes: list[Path], size: int) -> list[int]:
-    """Grey levels of one random rendering, row by row."""
+    """Gray levels of one random rendering, row by row."""
     from PIL import Image, ImageDraw
 
     path = homes[int(torch.randint(len(homes), (), generator=generator))]

@@ -1,4 +1,4 @@
-"""Labelled images as tensors."""
+"""Labeled images as tensors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def fashion_mnist(root: str | PathLike[str], download: bool = False) -> ImageDat
 def cifar10(root: str | PathLike[str], download: bool = False) -> ImageData:
     """CIFAR-10 through torchvision: 45,000 training images, the last 5,000 for validation, 10,000 test images.
 
-    Colour images of 32 x 32 pixels, 740 MB in memory. The files are looked for in ``<root>/cifar-10-batches-py``; where
+    Color images of 32 x 32 pixels, 740 MB in memory. The files are looked for in ``<root>/cifar-10-batches-py``; where
     that is not, a copy as JPEG or PNG files in ``<root>/cifar10`` is read by :func:`image_folder`. Raises as
     :func:`mnist` does.
     """
@@ -95,7 +95,7 @@ def cifar10(root: str | PathLike[str], download: bool = False) -> ImageData:
 
 @cache
 def image_folder(root: str | PathLike[str], name: str | None = None) -> ImageData:
-    """Images of one size in ``<root>/train/<class>/`` and ``<root>/test/<class>/``, as colours.
+    """Images of one size in ``<root>/train/<class>/`` and ``<root>/test/<class>/``, as colors.
 
     Classes are numbered in the order of their folders' names. Every tenth image of a class (the tenth, twentieth, … by
     file name) of ``train`` is for validation. ``name`` is the data's, the folder's without it. Raises
@@ -208,7 +208,7 @@ def _torchvision(
 
 
 def _tensors(pixels: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Grey ``(N, height, width)`` or colours last, bytes, as :class:`ImageData` has them."""
+    """Gray ``(N, height, width)`` or colors last, bytes, as :class:`ImageData` has them."""
     x = torch.as_tensor(pixels)
     x = x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
     return x.float().div_(255).contiguous(), torch.as_tensor(labels)

@@ -1,4 +1,4 @@
-"""Coloured images that need no download: tiles of photographs, and drawn textures."""
+"""Colored images that need no download: tiles of photographs, and drawn textures."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ _PATTERNS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @cache
 def textures(size: int = 32, examples: int = 40, seed: int = 0) -> ImageData:
-    """Drawn textures in two random colours: stripes, checks, dots, rings, waves, plaid, one class each.
+    """Drawn textures in two random colors: stripes, checks, dots, rings, waves, plaid, one class each.
 
-    Each of the ``examples`` of a class has its own direction, phases, colours and wavelength (log-uniform from an
+    Each of the ``examples`` of a class has its own direction, phases, colors and wavelength (log-uniform from an
     eighth to a half of the image); every class is split as :func:`split_by_class` does. All of it follows from
     ``seed``.
 
@@ -77,6 +77,6 @@ def textures(size: int = 32, examples: int = 40, seed: int = 0) -> ImageData:
         u = frequency * (column * angle.cos() + row * angle.sin())
         v = frequency * (row * angle.cos() - column * angle.sin())
         share = (pattern(u, v, phases)[:, None] + 1) / 2
-        colours = torch.rand(2, examples, 3, 1, 1, generator=generator)
-        images.append(colours[0] * share + colours[1] * (1 - share))
+        colors = torch.rand(2, examples, 3, 1, 1, generator=generator)
+        images.append(colors[0] * share + colors[1] * (1 - share))
     return split_by_class("textures", torch.stack(images))

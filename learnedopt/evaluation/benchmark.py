@@ -2,15 +2,15 @@
 
 For each task and contender there is
 
-* a *sweep*: every setting of its grid on the selection seeds, in one vectorised run. First all learning rates at the
+* a *sweep*: every setting of its grid on the selection seeds, in one vectorized run. First all learning rates at the
   default weight decay; then, where it has weight decay, the other decays at the best learning rate and its two
-  neighbours. The best has the lowest smoothed training loss at the horizon, averaged over the selection seeds;
+  neighbors. The best has the lowest smoothed training loss at the horizon, averaged over the selection seeds;
 * a *run* of its default, and of the best setting for each horizon, on the reporting seeds;
 * a *cost*: processor time of a training step.
 
 A contender that does not know how long it will run is run once, at the longest horizon, and judged at each on the way;
 one with a schedule is swept and run for every horizon. Adam is swept for longer, since its lower envelope over learning
-rates is the yardstick of the normalised speed-up.
+rates is the yardstick of the normalized speed-up.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ import torch
 
 from learnedopt.evaluation import records
 from learnedopt.evaluation.contenders import Contender, Setting, find_contender
+from learnedopt.evaluation.measurement import Measurements, Problems, step_cost, train
 from learnedopt.evaluation.records import Record, decode, encode
 from learnedopt.evaluation.tasks import BenchmarkTask, find_tasks
-from learnedopt.evaluation.training import Measurements, step_cost, train
 from learnedopt.meta.recipe import source_commit
 
 YARDSTICK = "adam"
-"""Whose envelope over learning rates the normalised speed-up is measured by."""
+"""Whose envelope over learning rates the normalized speed-up is measured by."""
 MULTIPLES = (1, 2, 5, 10)
 """Of the horizon, at which results can be judged."""
 Tuning = Literal["all", "none"]
@@ -343,15 +343,12 @@ class _Runner:
     ) -> Measurements:
         every, horizon = self._plan.every, self._plan.horizon
         return train(
-            self._family,
+            Problems(self._family, seed, copies, self._shared),
             self._contender,
             settings,
             steps,
-            seed,
-            copies,
             every=every,
             held_out_at=(*range(0, steps + 1, 5 * every), *range(0, steps + 1, horizon)) if held_out else (),
-            shared=self._shared,
         )
 
 

@@ -50,7 +50,7 @@ def orthogonalized(x: Tensor) -> Tensor:
 
 
 class StackedMuon(Optimizer):
-    r"""``torch.optim.Muon`` for hidden matrices and ``torch.optim.AdamW`` for everything else, vectorised.
+    r"""``torch.optim.Muon`` for hidden matrices and ``torch.optim.AdamW`` for everything else, vectorized.
 
     For a matrix :math:`\theta` of n rows and m columns with gradient g:
 

@@ -30,9 +30,13 @@ class Entry:
         return f"{self.contender}, tuned" if self.tuned else self.contender
 
 
+OPPONENTS = (Entry("adam", False), Entry("adamw-cosine", False), Entry("adam", True), Entry("adamw-cosine", True))
+"""Whom everybody is compared with."""
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """One entry's losses beside another's, over tasks."""
+    """One entry's losses compared with another's, over tasks."""
 
     better: int
     """Tasks of lower median loss."""
@@ -45,15 +49,15 @@ class Comparison:
     left out; 1 for fewer than two."""
 
 
-class Results:
-    """The records of one horizon and one number of reporting seeds.
+class Runs:
+    """The records of one horizon and one number of reporting seeds: what was measured.
 
     Args:
         records: What :func:`learnedopt.evaluation.records.read` gave.
         tasks: Names of sets or tasks, all that occur if there are none.
 
     Raises:
-        ValueError: there are no runs, or runs that cannot stand beside each other: of different horizons or numbers of
+        ValueError: there are no runs, or runs that cannot be compared: of different horizons or numbers of
             seeds, or with different starts on the same task.
     """
 
@@ -181,6 +185,10 @@ class Results:
         found = of_kind(self._about.get((task, contender), []), "cost")
         return (found[-1]["gradient_ms"], found[-1]["optimizer_ms"]) if found else None
 
+
+class Results(Runs):
+    """What :class:`Runs` say, of the same arguments: speed-ups, times to a target, comparisons."""
+
     def envelope(self, task: str) -> tuple[Values, Values] | None:
         """The lower envelope of Adam over learning rates: steps, and the lowest loss reached by then."""
         sweeps = [record for record in of_kind(self._about.get((task, YARDSTICK), []), "sweep") if "curves" in record]
@@ -191,7 +199,7 @@ class Results:
         return np.array(longest["curves_at"], dtype=np.float64), np.minimum.accumulate(lowest)
 
     def speedup(self, task: str, entry: Entry, horizon: int) -> Values | None:
-        """VeLO's normalised speed-up, one per seed: :func:`steps_needed` by Adam over the steps taken.
+        """VeLO's normalized speed-up, one per seed: :func:`steps_needed` by Adam over the steps taken.
 
         Where Adam never gets there, as many as it was given: a lower bound (:meth:`speedup_limit`). Zero where the run
         diverged.
@@ -241,7 +249,7 @@ class Results:
         return None if steps is None or cost is None else steps * sum(cost) / 1000
 
     def compare(self, ours: Entry, theirs: Entry, horizon: int) -> Comparison | None:
-        """Final losses of one entry beside another's; ``None`` if they share no task."""
+        """Final losses of one entry compared with another's; ``None`` if they share no task."""
         pairs = [(self.final(task, ours, horizon), self.final(task, theirs, horizon)) for task in self.tasks]
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
         if not both:

@@ -1,4 +1,4 @@
-"""Families made of other families: mixed, rescaled, reparametrised, with other batches, in other precision."""
+"""Families made of other families: mixed, rescaled, reparametrized, with other batches, in other precision."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Reparametrized(TaskFamily):
     """Gives each tensor a scale of its own, log-uniform in ``tensor_scales``, in each copy; with
     ``coordinate_scales`` each coordinate one more.
 
-    A rule meta-trained on the reparametrised tasks cannot learn one particular scale of the parameters by heart. The
+    A rule meta-trained on the reparametrized tasks cannot learn one particular scale of the parameters by heart. The
     random scaling of Lv et al., *Learning Gradient Descent: Better Generalization and Longer Horizons*, 2017
     (arXiv:1703.03633, section 4.1), is ``tensor_scales=(1, 1)`` and ``coordinate_scales=(exp(-r), exp(r))``: each
     coordinate times exp U(-r, r).

@@ -18,7 +18,7 @@ class Task(ABC):
     """``copies`` optimizees of one structure, side by side.
 
     Parameters and batches carry the copies on their first axis; :meth:`loss` is written for *one* copy, without that
-    axis, and vectorised by ``torch.func.vmap``. Copies differ in initialisation, in data order, and in whatever
+    axis, and vectorized by ``torch.func.vmap``. Copies differ in initialization, in data order, and in whatever
     data defines them (the matrix of a quadratic, say), which then travels in the batch.
 
     Randomness comes only from the generator passed in: the same seed gives the same parameters and batches.

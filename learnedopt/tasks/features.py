@@ -29,7 +29,7 @@ class ConvFeatures:
     name: str
     blocks: tuple[tuple[Layer, ...], ...] = field(repr=False)
     mean: tuple[float, float, float] = field(repr=False)
-    """Subtracted from the colours of an image in [0, 1] first."""
+    """Subtracted from the colors of an image in [0, 1] first."""
     std: tuple[float, float, float] = field(repr=False)
     """What they are divided by then."""
 
@@ -39,7 +39,7 @@ class ConvFeatures:
         ``images`` are ``(N, 3, height, width)``, on any device and in any precision: the weights follow at every call,
         which costs nothing where :meth:`to` has put them.
         """
-        x = (images - self._colour(images, self.mean)) / self._colour(images, self.std)
+        x = (images - self._color(images, self.mean)) / self._color(images, self.std)
         activations = []
         for i, block in enumerate(self.to(images.device, images.dtype).blocks):
             if i:
@@ -55,7 +55,7 @@ class ConvFeatures:
         return replace(self, blocks=tuple(map(tuple, moved)))
 
     @staticmethod
-    def _colour(like: Tensor, values: tuple[float, float, float]) -> Tensor:
+    def _color(like: Tensor, values: tuple[float, float, float]) -> Tensor:
         return torch.stack([torch.full_like(like[0, 0], value) for value in values])
 
 
@@ -63,8 +63,8 @@ def random_features(channels: Sequence[int] = (16, 32, 64), seed: int = 0) -> Co
     """One random convolution per block: a stand-in for a trained net that needs no download.
 
     Weights are normal with variance 2 / fan-in, which keeps activations of one size, biases zero. The style that the
-    correlations of such features describe is colour, edge directions and their coincidence at scales that double from
-    block to block: enough to make recognisable textures (Ustyuzhaninov et al. 2016, arXiv:1606.00021) and to transfer
+    correlations of such features describe is color, edge directions and their coincidence at scales that double from
+    block to block: enough to make recognizable textures (Ustyuzhaninov et al. 2016, arXiv:1606.00021) and to transfer
     styles (He et al. 2016, arXiv:1606.04801). What they lack is the content of a trained net's deep layers: objects.
 
     >>> [tuple(x.shape) for x in random_features()(torch.rand(2, 3, 16, 16))]

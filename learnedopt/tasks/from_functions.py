@@ -20,7 +20,7 @@ class FromFunctions(TaskFamily):
     Args:
         init: Fresh parameters by name, drawn from a generator.
         sample: A batch, a tuple of tensors, drawn from a generator.
-        loss: The scalar loss of parameters on a batch; pure, and such that ``torch.func.vmap`` can vectorise it.
+        loss: The scalar loss of parameters on a batch; pure, and such that ``torch.func.vmap`` can vectorize it.
 
     >>> def init(generator): return {"w": torch.randn(3, generator=generator)}
     >>> def sample(generator): return (torch.randn(16, 3, generator=generator),)

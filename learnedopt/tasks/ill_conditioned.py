@@ -25,7 +25,7 @@ class IllConditionedTask(FunctionTask):
 
 @dataclass(frozen=True)
 class IllConditioned(TaskFamily):
-    r"""Minimise :math:`\frac 12 (\theta - \theta^*)^\top Q \Lambda Q^\top (\theta - \theta^*)`.
+    r"""Minimize :math:`\frac 12 (\theta - \theta^*)^\top Q \Lambda Q^\top (\theta - \theta^*)`.
 
     Q is a uniformly random rotation. The curvatures Λ lie between 1/κ and 1, both of which occur, the others
     log-uniformly between them; the condition number κ is log-uniform in ``conditions``. The minimum is standard normal.

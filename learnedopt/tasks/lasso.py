@@ -25,7 +25,7 @@ class LassoTask(FunctionTask):
 
 @dataclass(frozen=True)
 class Lasso(TaskFamily):
-    r"""Minimise :math:`\frac 12 \|A\theta - b\|^2 + \lambda \|\theta\|_1`, A and b standard normal.
+    r"""Minimize :math:`\frac 12 \|A\theta - b\|^2 + \lambda \|\theta\|_1`, A and b standard normal.
 
     Not smooth at zero, where the solution has many of its coordinates. Five equations in ten unknowns with
     λ = 0.005 are the smaller problem of Chen et al. 2021, *Learning to Optimize: A Primer and A Benchmark*

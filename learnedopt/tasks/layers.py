@@ -71,7 +71,7 @@ class ClassificationTask(Task):
 
     @abstractmethod
     def logits(self, params: Params, x: Tensor) -> Tensor:
-        """Unnormalised log-probabilities of one copy, classes last."""
+        """Unnormalized log-probabilities of one copy, classes last."""
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         x, y = batch

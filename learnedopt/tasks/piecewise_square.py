@@ -13,18 +13,18 @@ from learnedopt.tasks.functions import FunctionTask, check_dimension
 
 @dataclass(frozen=True, eq=False)
 class PiecewiseSquareTask(FunctionTask):
-    """One draw of :class:`PiecewiseSquare`; the batch is the centre, ``(copies, dimension)``."""
+    """One draw of :class:`PiecewiseSquare`; the batch is the center, ``(copies, dimension)``."""
 
     ceiling: float
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        (centre,) = batch
-        return (params["theta"] - centre).square().clamp(max=self.ceiling).mean()
+        (center,) = batch
+        return (params["theta"] - center).square().clamp(max=self.ceiling).mean()
 
 
 @dataclass(frozen=True)
 class PiecewiseSquare(TaskFamily):
-    r"""Minimise :math:`\frac 1n \sum_i \min\bigl((\theta_i - a_i)^2, c\bigr)`, each a_i uniform in [-1, 1].
+    r"""Minimize :math:`\frac 1n \sum_i \min\bigl((\theta_i - a_i)^2, c\bigr)`, each a_i uniform in [-1, 1].
 
     Beyond the ceiling c a coordinate has no gradient at all, so that a rule that overshoots does not come back. With
     twenty dimensions, c = 10 and a start at zero it is the second training task of Lv et al. 2017 (RNNprop,
@@ -34,8 +34,8 @@ class PiecewiseSquare(TaskFamily):
     Raises ``ValueError`` unless ``dimension`` and ``ceiling`` are positive.
 
     >>> task = PiecewiseSquare(dimension=3).draw(torch.Generator().manual_seed(0), copies=2)
-    >>> (centre,) = task.sample(torch.Generator())
-    >>> float(task.loss({"theta": centre[0] + 100}, (centre[0],)))
+    >>> (center,) = task.sample(torch.Generator())
+    >>> float(task.loss({"theta": center[0] + 100}, (center[0],)))
     10.0
     """
 
@@ -49,5 +49,5 @@ class PiecewiseSquare(TaskFamily):
             raise ValueError(f"ceiling must be positive, got {self.ceiling}")
 
     def draw(self, generator: Generator, copies: int) -> PiecewiseSquareTask:
-        centre = torch.rand(copies, self.dimension, generator=generator).mul(2).sub(1)
-        return PiecewiseSquareTask(copies, self.dimension, self.initial_std, (centre,), self.ceiling)
+        center = torch.rand(copies, self.dimension, generator=generator).mul(2).sub(1)
+        return PiecewiseSquareTask(copies, self.dimension, self.initial_std, (center,), self.ceiling)

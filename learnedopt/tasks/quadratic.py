@@ -13,7 +13,7 @@ from learnedopt.tasks.base import Batch, Params, Split, Task, TaskFamily
 
 @dataclass(frozen=True)
 class Quadratics(TaskFamily):
-    r"""Minimise :math:`\|W\theta - y\|^2`, with W and y drawn anew for every copy.
+    r"""Minimize :math:`\|W\theta - y\|^2`, with W and y drawn anew for every copy.
 
     ``entries="gaussian"`` draws W and y standard normal, as in the paper (arXiv:1606.04474, section 3.1);
     ``"uniform"`` draws them from [0, 1), as in the authors' code. Parameters start from

@@ -27,7 +27,7 @@ class RastriginTask(FunctionTask):
 
 @dataclass(frozen=True)
 class Rastrigin(TaskFamily):
-    r"""Minimise :math:`\frac 12 \|A\theta - b\|^2 - \alpha\, c^\top \cos(2\pi\theta) + \alpha n`.
+    r"""Minimize :math:`\frac 12 \|A\theta - b\|^2 - \alpha\, c^\top \cos(2\pi\theta) + \alpha n`.
 
     A, b, c and the start are standard normal: the variant that learned optimizers are compared on (Cao et al. 2019,
     *Learning to Optimize in Swarms*, arXiv:1911.03787; Chen et al. 2021, arXiv:2103.12828). The classical

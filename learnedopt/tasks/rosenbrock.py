@@ -24,7 +24,7 @@ class RosenbrockTask(FunctionTask):
 
 @dataclass(frozen=True)
 class Rosenbrock(TaskFamily):
-    r"""Minimise :math:`\sum_{i<n} b(\theta_{i+1} - \theta_i^2)^2 + (1 - \theta_i)^2` from a random start.
+    r"""Minimize :math:`\sum_{i<n} b(\theta_{i+1} - \theta_i^2)^2 + (1 - \theta_i)^2` from a random start.
 
     Rosenbrock 1960, *An automatic method for finding the greatest or least value of a function*, in its usual extension
     to n dimensions; b is log-uniform in ``steepnesses``, a number for each copy. The minimum, 0, is at θ = 1, along a

@@ -60,8 +60,8 @@ class StyleTransfer(TaskFamily):
         + \gamma\, \mathrm{TV}(\theta), \qquad d(a, b) = \|a - b\|^2 / \|b\|^2,
 
     :math:`G = F F^\top / (\text{height} \cdot \text{width})`, k = ``content_block``, and TV the mean squared difference
-    of neighbouring pixels. It is the objective of Andrychowicz et al. 2016, section 3.4, but for the distances: they
-    are relative to the target, so that one choice of weights serves any features. Colours are in [0, 1] and not
+    of neighboring pixels. It is the objective of Andrychowicz et al. 2016, section 3.4, but for the distances: they
+    are relative to the target, so that one choice of weights serves any features. Colors are in [0, 1] and not
     clipped; pixels start as :math:`\mathcal N(\frac 12, \mathtt{initial\_std}^2)`.
 
     Without arguments, tiles of scikit-learn's photographs are painted in drawn textures, as :func:`random_features` see
@@ -69,7 +69,7 @@ class StyleTransfer(TaskFamily):
     task draws its images from the ``split`` of ``contents`` and ``styles``, so that rules can be judged on images they
     were not trained on. All contents have one size; styles may have another. The paper trains with one style only.
 
-    Raises ``ValueError`` where images are not in colour, too small for the features' blocks, or there is no
+    Raises ``ValueError`` where images are not in color, too small for the features' blocks, or there is no
     ``content_block``.
 
     >>> task = StyleTransfer(split="test").draw(torch.Generator().manual_seed(0), copies=2)
@@ -94,7 +94,7 @@ class StyleTransfer(TaskFamily):
             if channels != 3 or min(height, width) < 2 ** (blocks - 1):
                 raise ValueError(
                     f"{data.name} has images of shape {(channels, height, width)}; {self.features.name} needs three "
-                    f"colours and at least {2 ** (blocks - 1)} pixels a side"
+                    f"colors and at least {2 ** (blocks - 1)} pixels a side"
                 )
         if not 0 <= self.content_block < blocks:
             raise ValueError(f"content_block must be from 0 to {blocks - 1}, got {self.content_block}")

@@ -80,12 +80,12 @@ def test_missing_fonts_and_photographs_name_the_extra(monkeypatch: pytest.Monkey
             make()
 
 
-def test_textures_are_colours_between_two() -> None:
+def test_textures_are_colors_between_two() -> None:
     data = textures(size=24, examples=10)
     x, y = everything(data)
     assert data.num_classes == 6 and y.bincount().tolist() == [10] * 6
     assert x.shape == (60, 3, 24, 24) and 0 <= x.min() < x.max() <= 1
-    # All pixels of a texture lie on the line from one colour to the other: one direction has all the variance.
+    # All pixels of a texture lie on the line from one color to the other: one direction has all the variance.
     pixels = x.flatten(2) - x.flatten(2).mean(2, keepdim=True)
     singular = torch.linalg.svdvals(pixels)
     assert (singular[:, 1] < 1e-4 * singular[:, 0]).all() and (singular[:, 0] > 0).all()
@@ -106,9 +106,9 @@ def test_tiles_of_photographs_do_not_overlap() -> None:
     assert [len(part[0]) for part in (data.train, data.validation, data.test)] == [64, 8, 8]
     temple = torch.tensor(load_sample_images().images[0]).float().permute(2, 0, 1) / 255
     whole = torch.nn.functional.avg_pool2d(temple, 2)[:, :200, :320]
-    # Together they have the colours of the photograph, each as often.
-    colours = (part.reshape(-1, 3).mul(1020).round().long() for part in (x[y == 0].movedim(1, 3), whole.movedim(0, 2)))
-    tiles, photograph = (colour.unique(dim=0, return_counts=True) for colour in colours)
+    # Together they have the colors of the photograph, each as often.
+    colors = (part.reshape(-1, 3).mul(1020).round().long() for part in (x[y == 0].movedim(1, 3), whole.movedim(0, 2)))
+    tiles, photograph = (color.unique(dim=0, return_counts=True) for color in colors)
     assert torch.equal(tiles[0], photograph[0]) and torch.equal(tiles[1], photograph[1])
     corner = whole[:, :40, :40]
     assert any(torch.equal(tile, corner) for tile in x[y == 0])

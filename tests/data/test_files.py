@@ -61,7 +61,7 @@ def test_grey_images_are_read_and_the_last_twelfth_is_held_out(
     assert data.num_classes == 10 and data.test[1].dtype == torch.int64
 
 
-def test_colour_images_are_read_and_the_last_tenth_is_held_out(
+def test_color_images_are_read_and_the_last_tenth_is_held_out(
     tmp_path: Path, cifar_files: dict[str, tuple[np.ndarray, list[int]]]
 ) -> None:
     data = cifar10(tmp_path)

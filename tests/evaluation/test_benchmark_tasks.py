@@ -36,7 +36,7 @@ def one(params: Params, batch: Batch, copy: int) -> tuple[Params, Batch]:
 
 
 @judged
-def test_vectorised_over_copies_equals_one_at_a_time(name: str) -> None:
+def test_vectorized_over_copies_equals_one_at_a_time(name: str) -> None:
     task = draw(name, 2)
     params = {key: value.double() for key, value in task.init(seeded(1)).items()}
     batch = tuple(x.double() if x.is_floating_point() else x for x in task.sample(seeded(2)))

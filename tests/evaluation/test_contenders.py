@@ -20,10 +20,10 @@ from learnedopt.evaluation.contenders import (
     find_contender,
     learned,
 )
+from learnedopt.evaluation.measurement import DECAY, Problems, smooth, step_cost, train
 from learnedopt.evaluation.muon import StackedMuon, is_hidden_matrix
 from learnedopt.evaluation.tasks.base import Always, RowsTask
 from learnedopt.evaluation.tasks.sources import shuffled
-from learnedopt.evaluation.training import DECAY, smooth, step_cost, train
 from learnedopt.rules import RULES, UpdateRule, build_rule
 from learnedopt.tasks.base import Batch, Params, Task
 from learnedopt.tasks.layers import init_mlp, mlp
@@ -49,6 +49,7 @@ def small(copies: int) -> Task:
 
 
 FAMILY = Always(small)
+PROBLEMS = Problems(FAMILY, seed=7, copies=COPIES)
 
 
 def alone(contender: Contender, setting: Setting, copy: int) -> tuple[Params, list[float]]:
@@ -112,11 +113,11 @@ def check(contender: Contender) -> None:
     # Not so fast that it diverges: then there would be little to compare.
     rate = 0.01 if contender.name == "meta_lstm" else contender.default.lr
     settings = [Setting(rate * factor, contender.default.weight_decay) for factor in (1.0, 3.0)]
-    measured = train(FAMILY, contender, settings, STEPS, seed=7, copies=COPIES, every=1)
+    measured = train(PROBLEMS, contender, settings, STEPS, every=1)
     for place, setting in enumerate(settings):
         for copy in range(COPIES):
             _, losses = alone(contender, setting, copy)
-            # Muon orthogonalises in bfloat16, where other orders of summation show.
+            # Muon orthogonalizes in bfloat16, where other orders of summation show.
             tolerance = 2e-2 if contender.layout == "stacked" else 1e-4
             np.testing.assert_allclose(measured.losses[:, place, copy], smooth(np.array(losses), DECAY), tolerance)
     assert not np.allclose(measured.losses[-1, 0], measured.losses[-1, 1], rtol=1e-4)
@@ -203,12 +204,8 @@ def test_a_rule_with_other_weights_has_another_identity() -> None:
 
 def test_a_copy_that_diverges_is_infinite_from_there_on_and_leaves_the_others_alone() -> None:
     settings = [Setting(0.05), Setting(1e4)]
-    measured = train(
-        FAMILY, find_contender("sgd"), settings, 30, seed=7, copies=COPIES, every=1, held_out_at=range(0, 31, 10)
-    )
-    alone = train(
-        FAMILY, find_contender("sgd"), settings[:1], 30, seed=7, copies=COPIES, every=1, held_out_at=range(0, 31, 10)
-    )
+    measured = train(PROBLEMS, find_contender("sgd"), settings, 30, every=1, held_out_at=range(0, 31, 10))
+    alone = train(PROBLEMS, find_contender("sgd"), settings[:1], 30, every=1, held_out_at=range(0, 31, 10))
     np.testing.assert_allclose(measured.losses[:, 0], alone.losses[:, 0], rtol=1e-5)
     assert (measured.diverged[0] == -1).all() and (measured.diverged[1] >= 0).all()
     assert np.isinf(measured.losses[-1, 1]).all() and np.isinf(measured.held_out[-1, 1]).all()
@@ -217,7 +214,7 @@ def test_a_copy_that_diverges_is_infinite_from_there_on_and_leaves_the_others_al
 
 def test_settings_and_contenders_meet_the_same_starts_and_a_longer_run_contains_the_shorter() -> None:
     def losses(name: str, steps: int) -> np.ndarray:
-        return train(FAMILY, find_contender(name), [Setting(0.01)], steps, seed=7, copies=3, every=2).losses
+        return train(Problems(FAMILY, seed=7, copies=3), find_contender(name), [Setting(0.01)], steps, every=2).losses
 
     assert np.array_equal(losses("sgd", 4)[0], losses("adam", 4)[0])
     assert np.array_equal(losses("adam", 4), losses("adam", 8)[:3])

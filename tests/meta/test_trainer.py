@@ -399,13 +399,15 @@ def test_a_recipe_is_a_file_and_may_define_its_own_family(tmp_path: Path, monkey
         load_recipe("empty.py")
 
 
-@pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[2].glob("meta_training/[a-z]*.py")), ids=lambda p: p.stem
-)
+ROOT = Path(__file__).parents[2]
+RECIPES, TRIALS = (sorted(ROOT.glob(f"meta_training/{folder}[a-z]*.py")) for folder in ("", "trials/"))
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *TRIALS], ids=lambda p: p.stem)
 def test_every_committed_recipe_can_be_loaded_and_exports_where_it_says(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rules, "RULES", dict(rules.RULES))  # a recipe may register a rule of its own
     found = load_recipe(path)
     assert found.name.replace("-", "_") == path.stem
-    assert f"meta-train {found.name}" in path.read_text()
+    assert f"meta-train {path.relative_to(ROOT) if path in TRIALS else found.name}" in path.read_text()

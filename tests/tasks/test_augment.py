@@ -33,7 +33,7 @@ def seeded(seed: int = 0) -> Generator:
 
 @pytest.mark.parametrize("coordinate_scales", [None, (0.3, 3.0)])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
-def test_reparametrised_task_starts_at_the_same_function(
+def test_reparametrized_task_starts_at_the_same_function(
     family: TaskFamily, coordinate_scales: tuple[float, float] | None
 ) -> None:
     plain = family.draw(seeded(), COPIES)

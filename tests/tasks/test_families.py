@@ -104,7 +104,7 @@ def test_gradient_agrees_with_finite_differences(name: str, seed: int) -> None:
 
 
 @draws
-def test_vectorised_over_copies_equals_one_at_a_time(name: str, seed: int) -> None:
+def test_vectorized_over_copies_equals_one_at_a_time(name: str, seed: int) -> None:
     task = draw(name, seed)
     params, batch = in_float64(task, seed)
     gradients, losses = vmap(grad_and_value(task.loss))(params, batch)
@@ -356,8 +356,8 @@ def test_the_pooled_net_is_computed_as_described(norm: Norm) -> None:
         if norm != "none":
             parts = x.unflatten(1, (channels, -1)) if norm == "group" else x
             dims = tuple(dim for dim in dims if dim < parts.ndim)
-            centred = parts - parts.mean(dims, keepdim=True)
-            x = (centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()).view_as(x)
+            centered = parts - parts.mean(dims, keepdim=True)
+            x = (centered / (centered.square().mean(dims, keepdim=True) + 1e-5).sqrt()).view_as(x)
         x = torch.relu(x + bias.view(-1, *[1] * (x.ndim - 2)))
         x = F.max_pool2d(x, 2) if weights.ndim == 4 else x
         x = x.flatten(1) if name == "conv.2" else x
@@ -407,7 +407,7 @@ def test_every_family_is_in_the_document() -> None:
 
 
 @pytest.mark.parametrize("norm", ["layer", "group", "batch"])
-def test_normalised_convolutions_ignore_the_scale_of_their_weights(norm: str) -> None:
+def test_normalized_convolutions_ignore_the_scale_of_their_weights(norm: str) -> None:
     task = Conv(norms=(norm,), layers=(1, 1)).draw(seeded(0), 1)  # type: ignore[arg-type]
     params, (x, _) = one(*in_float64(task, 0), copy=0)
     louder = {**params, "0.weight": 100 * params["0.weight"]}

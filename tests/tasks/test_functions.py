@@ -40,8 +40,8 @@ def value(task: Task, theta: np.ndarray, copy: int = 0) -> float:
     return float(task.loss(at(torch.tensor(theta)), batch))
 
 
-def piecewise_square(theta: np.ndarray, centre: np.ndarray) -> float:
-    return float(np.mean(np.clip((theta - centre) ** 2, 0, 10)))
+def piecewise_square(theta: np.ndarray, center: np.ndarray) -> float:
+    return float(np.mean(np.clip((theta - center) ** 2, 0, 10)))
 
 
 def lasso(theta: np.ndarray, matrix: np.ndarray, target: np.ndarray) -> float:
@@ -95,10 +95,10 @@ def test_every_split_is_the_function_itself(family: TaskFamily) -> None:
 def test_a_piecewise_square_is_as_in_the_paper() -> None:
     task = PiecewiseSquare().draw(seeded(), COPIES)
     assert task.init(seeded())["theta"].shape == (COPIES, 20) and task.init(seeded())["theta"].eq(0).all()
-    (centre,) = task.sample(seeded())
-    assert -1 <= centre.min() < -0.8 and 0.8 < centre.max() <= 1
-    far = at(centre[0] + torch.tensor([100.0] + [1.0] * 19))
-    gradient = grad(task.loss)(far, (centre[0],))["theta"]
+    (center,) = task.sample(seeded())
+    assert -1 <= center.min() < -0.8 and 0.8 < center.max() <= 1
+    far = at(center[0] + torch.tensor([100.0] + [1.0] * 19))
+    gradient = grad(task.loss)(far, (center[0],))["theta"]
     assert gradient[0] == 0  # beyond the ceiling nothing leads back
     torch.testing.assert_close(gradient[1:], torch.full((19,), 2 / 20))
 
@@ -108,9 +108,9 @@ def test_random_scaling_of_a_piecewise_square_keeps_its_start() -> None:
     task = family.draw(seeded(), COPIES)
     scale = task.scales["theta"]
     assert math.exp(-1) <= scale.min() < 0.45 and 2.2 < scale.max() <= math.exp(1)
-    scaled, _, centre = torch.randn(COPIES, 20, generator=seeded()), *task.sample(seeded())
+    scaled, _, center = torch.randn(COPIES, 20, generator=seeded()), *task.sample(seeded())
     losses = vmap(task.loss)(at(scaled), task.sample(seeded()))
-    torch.testing.assert_close(losses, (scaled * scale - centre).square().clamp(max=10).mean(1))
+    torch.testing.assert_close(losses, (scaled * scale - center).square().clamp(max=10).mean(1))
 
 
 def test_lasso_at_its_solution_satisfies_the_optimality_conditions() -> None:

@@ -83,7 +83,7 @@ def test_styles_may_have_another_size_than_contents() -> None:
     assert vmap(task.loss)(params, task.sample(seeded())).isfinite().all()
 
 
-def test_features_halve_the_image_from_block_to_block_and_do_not_see_their_neighbours() -> None:
+def test_features_halve_the_image_from_block_to_block_and_do_not_see_their_neighbors() -> None:
     features = random_features((4, 6))
     images = torch.rand(3, 3, 8, 8, generator=seeded())
     first, second = features(images)
@@ -134,7 +134,7 @@ def test_missing_or_foreign_weights_say_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"contents": digits()}, "three colours"),
+        ({"contents": digits()}, "three colors"),
         ({"styles": textures(2)}, "at least 4 pixels"),
         ({"content_block": 3}, "from 0 to 2, got 3"),
     ],

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from learnedopt.data import ImageData
 from learnedopt.evaluation.tasks.base import RowsTask, classifier
-from learnedopt.evaluation.tasks.sources import by_split, grey_patches, letters, small_textures, waveforms
+from learnedopt.evaluation.tasks.sources import by_split, gray_patches, letters, small_textures, waveforms
 from learnedopt.tasks.base import Batch, Params, Task
 from learnedopt.tasks.layers import normalize, weight
 
@@ -67,7 +67,7 @@ def denoising(copies: int) -> Task:
             x = F.leaky_relu(x, 0.1) if i < 2 else x
         return (x - noise).abs().mean()
 
-    return RowsTask(copies, grey_patches(), 16, initial, objective, augment)
+    return RowsTask(copies, gray_patches(), 16, initial, objective, augment)
 
 
 def two_convolutions(copies: int, data: ImageData) -> Task:

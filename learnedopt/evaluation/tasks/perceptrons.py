@@ -1,4 +1,4 @@
-"""Fully connected networks: wide, deep, residual, mixing, normalised."""
+"""Fully connected networks: wide, deep, residual, mixing, normalized."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def tabular_gelu(copies: int) -> Task:
     return classifier(copies, tabular("breast_cancer"), 32, initial, partial(mlp, activation="gelu"))
 
 
-def normalised_hinge(copies: int) -> Task:
+def normalized_hinge(copies: int) -> Task:
     """Two layers of 32 units with batch norm and leaky ReLU; the multi-class hinge loss on the wine table."""
 
     def initial(generator: Generator, copies: int) -> Params:

@@ -77,16 +77,16 @@ def skip_gram(copies: int) -> Task:
     def initial(generator: Generator, copies: int) -> Params:
         return {
             f"embedding.{name}": weight(generator, copies, words, width, fan_in=width, gain=0.5)
-            for name in ("centre", "context")
+            for name in ("center", "context")
         }
 
     def augment(generator: Generator, batch: Batch) -> Batch:
-        centre, context = batch
-        return centre, context, torch.randint(words, (*centre.shape, negatives), generator=generator)
+        center, context = batch
+        return center, context, torch.randint(words, (*center.shape, negatives), generator=generator)
 
     def objective(params: Params, batch: Batch) -> Tensor:
-        centre, context, other = batch
-        vector = params["embedding.centre"][centre]
+        center, context, other = batch
+        vector = params["embedding.center"][center]
         true, false = (params["embedding.context"][index] for index in (context, other))
         scores_false = (false * vector[:, None]).sum(-1)
         return (F.softplus(-(vector * true).sum(-1)) + F.softplus(scores_false).sum(-1)).mean()

@@ -98,7 +98,7 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
         _needs("mnist-40", "dense", "MNIST, 40 units", partial(_mnist, hidden=(40,))),
         _needs("mnist-two-layers", "dense", "MNIST; otherwise within", partial(_mnist, hidden=(20, 20))),
         _needs("mnist-relu", "dense", "MNIST; otherwise within", partial(_mnist, activation="relu")),
-        _needs("cifar10", "convolutional", "colour images, pooling, hidden layer, size", _cifar),
+        _needs("cifar10", "convolutional", "color images, pooling, hidden layer, size", _cifar),
         _needs("cifar5", "convolutional", "as cifar10, five classes", partial(_cifar, labels=(0, 1, 2, 3, 4))),
         _needs("cifar2", "convolutional", "as cifar10, two classes", partial(_cifar, labels=(0, 1))),
         BenchmarkTask(
@@ -115,11 +115,11 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
         _needs("chen-relu", "dense", "MNIST; otherwise within", partial(_chen_mlp, activation="relu")),
         _needs("chen-two-layers", "dense", "MNIST; otherwise within", partial(_chen_mlp, hidden=(20, 20))),
         _needs("chen-conv-mnist", "convolutional", "MNIST, pooling", partial(_chen_conv, load=mnist)),
-        _needs("chen-conv-cifar10", "convolutional", "colour images, pooling", partial(_chen_conv, load=cifar10)),
+        _needs("chen-conv-cifar10", "convolutional", "color images, pooling", partial(_chen_conv, load=cifar10)),
     ),
     "selection": (
         _fixed("tabular-gelu", "dense", perceptrons.tabular_gelu, "tabular data"),
-        _fixed("normalised-hinge", "dense", perceptrons.normalised_hinge, "tabular data, hinge loss, batch norm"),
+        _fixed("normalised-hinge", "dense", perceptrons.normalized_hinge, "tabular data, hinge loss, batch norm"),
         _fixed("distillation", "dense", perceptrons.distillation, "soft targets, other images"),
         _fixed("mixture-density", "dense", perceptrons.mixture_density, "likelihood of a mixture"),
         _fixed("separable-conv", "convolutional", convolutions.separable_conv, "depthwise, SiLU, other images"),
@@ -140,7 +140,7 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
         _fixed("residual-quantiles", "dense", perceptrons.residual_quantiles, "residual, SiLU, quantile loss, tabular"),
         _fixed("mlp-mixer", "dense", perceptrons.mlp_mixer, "mixing of patches, residual; other images"),
         _fixed(
-            "residual-conv", "convolutional", convolutions.residual_conv, "residual, pooling; colour images of textures"
+            "residual-conv", "convolutional", convolutions.residual_conv, "residual, pooling; color images of textures"
         ),
         _fixed("denoising", "convolutional", convolutions.denoising, "dense prediction, L1 loss, photographs"),
         _fixed("row-lstm", "recurrent", sequences.row_lstm, "two layers, sequence classification, other images"),
@@ -152,7 +152,7 @@ TASK_SETS: dict[SetName, tuple[BenchmarkTask, ...]] = {
             "other text and vocabulary, width, length; heads and block as in training",
         ),
         _fixed("vae", "other", representations.vae, "variational objective, noise in the loss, other images"),
-        _fixed("siren", "other", representations.siren, "sine units, coordinates to colours"),
+        _fixed("siren", "other", representations.siren, "sine units, coordinates to colors"),
         _fixed("skip-gram", "other", representations.skip_gram, "embeddings, rare gradients, negative sampling"),
         _fixed("contrastive", "other", representations.contrastive, "contrastive loss over the batch, other images"),
         _fixed("graph-wedges", "other", representations.graph_wedges, "graphs, Poisson regression"),

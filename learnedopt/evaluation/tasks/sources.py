@@ -47,26 +47,26 @@ def flat_images(data: ImageData) -> Rows:
 
 @cache
 def letters(script: str, count: int, size: int = 12) -> ImageData:
-    """The first ``count`` letters of a script, 40 renderings of each, ``size`` x ``size`` grey levels."""
+    """The first ``count`` letters of a script, 40 renderings of each, ``size`` x ``size`` gray levels."""
     return glyphs(scripts()[script][:count], size=size)
 
 
 @cache
 def small_textures() -> ImageData:
-    """Drawn textures of six kinds in two colours, 12 x 12."""
+    """Drawn textures of six kinds in two colors, 12 x 12."""
     return textures(size=12, examples=200)
 
 
 @cache
-def grey_patches(size: int = 8) -> Rows:
-    """Patches of two photographs, grey levels, ``(N, 1, size, size)``; the splits share no pixel."""
+def gray_patches(size: int = 8) -> Rows:
+    """Patches of two photographs, gray levels, ``(N, 1, size, size)``; the splits share no pixel."""
     data = photographs(size)
     return by_split(lambda name: (data.split(name)[0].mean(1, keepdim=True),))
 
 
 @cache
 def tabular(name: Literal["breast_cancer", "wine", "diabetes"]) -> Rows:
-    """A small table of scikit-learn: standardised features, and classes or a standardised target ``(N,)``.
+    """A small table of scikit-learn: standardized features, and classes or a standardized target ``(N,)``.
 
     Raises ``ImportError`` without scikit-learn.
     """
@@ -100,7 +100,7 @@ def python_code() -> TextData:
 
 @cache
 def word_pairs(words: int = 300) -> Rows:
-    """Neighbouring words in the names of Unicode's characters, both among the ``words`` most frequent: two places."""
+    """Neighboring words in the names of Unicode's characters, both among the ``words`` most frequent: two places."""
     sentences = [name.replace("-", " ").split() for name in _character_names()]
     counts: dict[str, int] = {}
     for word in (word for sentence in sentences for word in sentence):
@@ -134,7 +134,7 @@ def graphs(count: int = 2000, nodes: int = 8) -> Rows:
 
 @cache
 def pixels(size: int = 48) -> Rows:
-    """A photograph as a function: coordinates in [-1, 1]² and colours in [-1, 1]³ of its pixels."""
+    """A photograph as a function: coordinates in [-1, 1]² and colors in [-1, 1]³ of its pixels."""
     tile = photographs(size).train[0][0]
     axis = torch.linspace(-1, 1, size)
     places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).flatten(0, 1)

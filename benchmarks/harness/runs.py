@@ -10,13 +10,11 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
+from learnedopt.evaluation import DIVERGED
 from learnedopt.optim import LearnedOptimizer
 from learnedopt.tasks import Params, Task, TaskFamily
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
-
-DIVERGED = 1000.0
-"""A loss above this multiple of the initial one counts as diverged."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,19 @@ def run(task: Task, make_optimizer: MakeOptimizer, steps: int, generator: Genera
 
     .. math:: \ell_t = f(\theta_t; B_t), \qquad \theta_{t+1} = \mathrm{step}(\theta_t, \nabla f(\theta_t; B_t))
 
-    for :math:`t = 0 \dots T`; the last batch is only evaluated. Initialisation and batches depend on the generator
+    for :math:`t = 0 \dots T`; the last batch is only evaluated. Initialization and batches depend on the generator
     alone, so equal seeds give every optimizer the same problems, the same start and the same data: comparisons are
     paired.
 
-    A copy whose loss is not finite, or exceeds :data:`DIVERGED` times its initial loss, has diverged: its loss is
-    infinite from there on, whatever it does later. It stays in the result.
+    A copy whose loss is not finite, or exceeds :data:`~learnedopt.evaluation.DIVERGED` times its initial loss, has
+    diverged: its loss is infinite from there on, whatever it does later. It stays in the result.
 
     Args:
         make_optimizer: Called with one copy's parameters, once per copy; or, if ``stacked``, once with all.
         stacked: Give one optimizer the parameters of all copies, each ``(copies, *shape)``. Faster, and exact for
-            elementwise optimizers only (all of :data:`~learnedopt.evaluation.BASELINES`).
+            elementwise optimizers only (all of :data:`~benchmarks.harness.baselines.BASELINES`).
 
-    >>> from learnedopt.evaluation import BASELINES
+    >>> from benchmarks.harness.baselines import BASELINES
     >>> from learnedopt.tasks import Quadratics
     >>> generator = torch.Generator().manual_seed(0)
     >>> task = Quadratics().draw(generator, copies=2)

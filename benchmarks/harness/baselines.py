@@ -1,18 +1,51 @@
-"""Tuning the learning rate of a baseline."""
+"""Hand-written optimizers that learned ones are compared with, and how their learning rates are tuned."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from learnedopt.evaluation.statistics import mean, median
 
 GRID: tuple[float, ...] = tuple(2.0**exponent for exponent in range(-10, 5))
 """Fifteen learning rates, from about 0.001 to 16 by factors of two."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An optimizer of ``torch.optim`` with everything fixed but the learning rate.
+
+    >>> BASELINES["nag"]([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    SGD (...
+        nesterov: True
+    ...)
+    """
+
+    make: Callable[..., Optimizer]
+    default_lr: float | None = None
+    """What ``torch.optim`` uses if none is given, where that is meant as advice: ``None`` for the SGD family."""
+
+    def __call__(self, params: Iterable[Tensor], lr: float) -> Optimizer:
+        return self.make(params, lr=lr)
+
+
+BASELINES: dict[str, Baseline] = {
+    "sgd": Baseline(torch.optim.SGD),
+    "sgd_momentum": Baseline(partial(torch.optim.SGD, momentum=0.9)),
+    "nag": Baseline(partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
+    "rmsprop": Baseline(torch.optim.RMSprop, default_lr=0.01),
+    "adam": Baseline(torch.optim.Adam, default_lr=0.001),
+    "adamw": Baseline(torch.optim.AdamW, default_lr=0.001),
+}
+"""Every baseline by name; ``"sgd"`` is without momentum. All are elementwise: what one coordinate does depends on its
+own gradients alone."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Many settings of an optimizer on many copies of a task, in one vectorised run."""
+"""What one contender does on one task: many settings on many copies, in one vectorized run; and what a step costs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,28 @@ import torch
 from torch import Generator, Tensor
 
 from learnedopt.evaluation.contenders import Contender, Fleet, Setting
-from learnedopt.evaluation.runs import DIVERGED
 from learnedopt.meta.unroll import FlatTask
 from learnedopt.tasks import Task, TaskFamily
 from learnedopt.tasks.base import Batch, Params, Split
 
+DIVERGED = 1000.0
+"""A loss above this multiple of the initial one counts as diverged."""
 DECAY = 0.95
 """Per step, of the exponential average that training losses are smoothed by."""
 BATCHES = 4
 """How many fixed batches of a split make a measurement."""
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Copies of a task. All contenders and settings meet the same starting points and batches: runs are paired."""
+
+    family: TaskFamily
+    seed: int
+    copies: int
+    shared: bool = True
+    """Whether the copies' data are the same, so that one set of batches can be measured on by all copies, whatever the
+    seed. Otherwise each copy has its own."""
 
 
 @dataclass(frozen=True)
@@ -57,37 +70,30 @@ def smooth(losses: np.ndarray, decay: float) -> np.ndarray:
 
 
 def train(
-    family: TaskFamily,
+    problems: Problems,
     contender: Contender,
     settings: Sequence[Setting],
     steps: int,
-    seed: int,
-    copies: int,
     *,
     every: int = 10,
     held_out_at: Iterable[int] = (),
-    shared: bool = True,
 ) -> Measurements:
     """Train every copy of a task under every setting for ``steps`` steps.
-
-    The task, its starting points and batches depend on ``seed`` and ``copies`` alone, so every contender and setting
-    meets the same ones: comparisons are paired.
 
     Losses are measured on :data:`BATCHES` batches of each split that stay the same from step to step, which leaves out
     the noise of minibatches; training losses are then smoothed by :func:`smooth` with ``DECAY ** every``. Where a
     contender averages its iterates, the average is measured.
 
-    A copy whose loss on a training batch is not finite, or exceeds :data:`~learnedopt.evaluation.DIVERGED` times its
+    A copy whose loss on a training batch is not finite, or exceeds :data:`DIVERGED` times its
     first one, has diverged: its losses are infinite from there on, whatever it does later.
 
     Args:
         every: Steps between measurements of the training loss; the last step is measured in any case.
         held_out_at: The steps, among these, at which the loss on the validation split is measured too; if any are
             given, also the last.
-        shared: Whether the copies' data are the same, so that one set of batches can be measured on by all copies,
-            whatever the seed. Otherwise each copy has its own.
     """
-    generator = Generator().manual_seed(seed)
+    family, copies = problems.family, problems.copies
+    generator = Generator().manual_seed(problems.seed)
     task = family.draw(generator, copies)
     params = task.init(generator)
     flat = FlatTask(task, params)
@@ -95,7 +101,7 @@ def train(
     theta = start.expand(len(settings), *start.shape).clone()
     fleet = Fleet(contender, settings, theta, params)
 
-    probed = family.draw(Generator().manual_seed(seed), 1) if shared else task
+    probed = family.draw(Generator().manual_seed(problems.seed), 1) if problems.shared else task
     chosen = tuple(held_out_at)
     training = _Probe(probed, flat, "train", range(0, steps + 1, every), steps, copies)
     held_out = _Probe(probed, flat, "validation", chosen, steps, copies)

@@ -1,6 +1,6 @@
 """The default, its whole read-out fine-tuned by persistent evolution strategies on long episodes: tried, not shipped.
 
-``learnedopt meta-train default-pes --out runs/default-pes --export my-zoo`` ends with the default itself: its start is
+``learnedopt meta-train meta_training/trials/default_pes.py --export my-zoo`` ends with the default itself: its start is
 validated first, and the one validation there is finds it a little better (-6.804 against -6.778). The weights that
 ``docs/benchmark.md`` has a row of are the last ones, of a run of these settings at commit 930a830, before starts were
 validated.
@@ -14,7 +14,7 @@ from learnedopt import zoo
 from learnedopt.meta import PES, MetaTrainConfig, Recipe, load_recipe
 from learnedopt.tasks import Mixture, TaskFamily
 
-_START = load_recipe(Path(__file__).with_name("default.py"))
+_START = load_recipe(Path(__file__).parents[1] / "default.py")
 
 
 def family(root: Path | None) -> TaskFamily:

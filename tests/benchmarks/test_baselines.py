@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from learnedopt.evaluation import BASELINES, GRID, Criterion, run_problems, tune
+from benchmarks.harness.baselines import BASELINES, GRID, Criterion, tune
+from benchmarks.harness.runs import run_problems
 from learnedopt.tasks import Quadratics
 
 

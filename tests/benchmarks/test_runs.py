@@ -9,7 +9,9 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
-from learnedopt.evaluation import BASELINES, DIVERGED, MakeOptimizer, run, run_problems
+from benchmarks.harness.baselines import BASELINES
+from benchmarks.harness.runs import MakeOptimizer, run, run_problems
+from learnedopt.evaluation import DIVERGED
 from learnedopt.optim import LearnedOptimizer
 from learnedopt.rules import AdamLSTMRule, LSTMConfig, LSTMRule, MetaLSTMConfig, MetaLSTMRule, UpdateRule
 from learnedopt.tasks import MLPClassification, Quadratics, Task

@@ -9,9 +9,9 @@ as they are. :math:`C` is zero at first and the read-out that of the default: it
 
 The rule is registered where this file is loaded, and nowhere else. To make it, and to judge it on ``selection``::
 
-    learnedopt meta-train default-controller --out runs/default-controller --export my-zoo
-    PYTHONPATH=meta_training python -c "import default_controller, learnedopt.cli as c; c.main()" benchmark run \\
-        --tasks selection --untuned --optimizers my-zoo/default-controller
+    learnedopt meta-train meta_training/trials/default_controller.py --export my-zoo
+    PYTHONPATH=meta_training/trials python -c "import default_controller, learnedopt.cli as c; c.main()" \\
+        benchmark run --tasks selection --untuned --optimizers my-zoo/default-controller
 """
 
 from __future__ import annotations
