@@ -1,4 +1,4 @@
-"""Entries that an earlier version wrote still load, and compute what they did; ``fixtures/zoo/README.md`` tells more."""
+"""Entries that an earlier version wrote load, and compute what they did; ``fixtures/zoo/README.md`` tells more."""
 
 from __future__ import annotations
 

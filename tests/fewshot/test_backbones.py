@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt.fewshot.backbones import BACKBONES, MLP, BackboneConfig, Conv4
-from learnedopt.fewshot.learner import feature_size
+from learnedopt.fewshot.fast.vectorized import apply
+from learnedopt.fewshot.network import Network, feature_size, tied_names, with_ties
 from learnedopt.fewshot.normalization import EpisodicBatchNorm, Statistics, episodic, statistics
-from learnedopt.fewshot.vectorized import Network, apply, tied_names
 from tests.fewshot.support import generator
 
 
@@ -179,7 +179,7 @@ def test_fully_connected_layers_run_on_all_episodes_at_once(layers: list[nn.Modu
         return [outputs, *first, *torch.autograd.grad(penalty, list(params.values()))]
 
     state = copy.deepcopy(module.state_dict())
-    together = apply(module, params, x, tied=tied_names(module))
+    together = apply(module, with_ties(params, tied_names(module)), x)
     alone = []
     for number in range(4):
         own = {name: value[number] for name, value in params.items()}
@@ -191,7 +191,7 @@ def test_fully_connected_layers_run_on_all_episodes_at_once(layers: list[nn.Modu
         alone.append(torch.func.functional_call(module, own, (x[number],), tie_weights=False))
         torch.testing.assert_close(alone[number], clone(x[number]))
         one = {name: value[number : number + 1] for name, value in params.items()}
-        found = apply(module, one, x[number : number + 1], tied=tied_names(module))
+        found = apply(module, with_ties(one, tied_names(module)), x[number : number + 1])
         torch.testing.assert_close(found[0], alone[number])
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     torch.testing.assert_close(derivatives(together), derivatives(torch.stack(alone)))
