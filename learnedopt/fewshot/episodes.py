@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -82,25 +82,27 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.support_x)
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four, in order."""
+        return self.support_x, self.support_y, self.query_x, self.query_y
+
     def __getitem__(self, index: int | slice) -> Episodes:
         """Some of the episodes; an index gives a batch of one."""
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"episode {index} of {len(self)}")
             index = slice(index % len(self), index % len(self) + 1)
-        return Episodes(
-            self.support_x[index], self.support_y[index], self.query_x[index], self.query_y[index], self.ways
-        )
+        return self._each(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Episodes:
         """On another device, or with floating tensors of another type; labels stay int64."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        return self._each(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
-        return Episodes(
-            moved(self.support_x), moved(self.support_y), moved(self.query_x), moved(self.query_y), self.ways
-        )
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Episodes:
+        support_x, support_y, query_x, query_y = map(change, self.tensors)
+        return Episodes(support_x, support_y, query_x, query_y, self.ways)
 
     def batches(self, size: int) -> Iterator[Episodes]:
         """The episodes in order, ``size`` at a time."""

@@ -238,6 +238,10 @@ class Learner(nn.Module, ABC):
         Raises:
             ValueError: shapes, labels or ways do not fit.
         """
+        if torch.is_inference_mode_enabled():
+            # Inner loops need gradients, which inference mode cannot give back.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.fit(support_x.clone(), support_y.clone(), ways)
         shape = self.shape.example_shape
         single = support_x.ndim == len(shape) + 1
         if single:
@@ -256,18 +260,11 @@ class Learner(nn.Module, ABC):
             raise ValueError(f"support_x holds no {'examples' if len(support_x) else 'episodes'}")
         _check_dtype(self, "support_x", support_x)
         ways = _check_targets(self, support_y, ways)
-        if torch.is_inference_mode_enabled():
-            # Inner loops need gradients, which inference mode cannot give back.
-            with torch.inference_mode(False), torch.no_grad():
-                return self._fitted(support_x.clone(), support_y.clone(), ways, single)
-        return self._fitted(support_x, support_y, ways, single)
-
-    def _fitted(self, support_x: Tensor, support_y: Tensor, ways: int | None, single: bool) -> Adapted:
         # Queries are not known yet: 15 of each class, as is usual.
         size = self._at_once(len(support_x), support_x.shape[1] + 15 * (ways or 0), support_x.device)
         parts = list(zip(support_x.split(size), support_y.split(size)))
         found = [self.fit_part(x, y, ways) for x, y in parts]
-        return Adapted(found, [len(x) for x, _ in parts], self.shape.example_shape, support_x.dtype, single)
+        return Adapted(found, [len(x) for x, _ in parts], shape, support_x.dtype, single)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """What meta-training minimizes, averaged over the episodes: a scalar to call ``backward`` on.
@@ -294,9 +291,8 @@ class Learner(nn.Module, ABC):
         if len(episodes) <= size:
             return self.losses(episodes).mean()
         losses = (self.losses(part) for part in episodes.batches(size))
-        tensors = (episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y)
         weights = [weight for weight in self.parameters() if weight.requires_grad]
-        if not weights or not torch.is_grad_enabled() or any(x.requires_grad for x in tensors):
+        if not weights or not torch.is_grad_enabled() or any(x.requires_grad for x in episodes.tensors):
             return torch.cat(list(losses)).mean()
         return mean_loss(losses, weights, len(episodes))
 
@@ -340,7 +336,7 @@ def _check_dtype(learner: Learner, name: str, x: Tensor) -> None:
 
 def _check_targets(learner: Learner, targets: Tensor, ways: int | None) -> int | None:
     """Refuse labels or targets that do not fit the problem; returns the ways."""
-    shape, kind = learner.shape, learner.config.kind
+    shape = learner.shape
     if shape.ways is None:
         if ways is not None or not targets.is_floating_point() or targets.ndim != 3:
             raise ValueError(
@@ -354,7 +350,8 @@ def _check_targets(learner: Learner, targets: Tensor, ways: int | None) -> int |
         ways = int(targets.max()) + 1 if learner.any_ways and targets.numel() else shape.ways
     if ways != shape.ways and not learner.any_ways:
         raise ValueError(
-            f"this {kind} was made for {shape.ways} ways, and the episodes have {ways}: build it with ways={ways}"
+            f"this {learner.config.kind} was made for {shape.ways} ways, and the episodes have {ways}: build it with "
+            f"ways={ways}"
         )
     check_labels("support", targets, ways)
     if missing := missing_classes(targets, ways):

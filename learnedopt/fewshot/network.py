@@ -82,8 +82,3 @@ def tied_names(module: nn.Module) -> dict[str, str]:
         if value is not None
     )
     return {name: first[value] for name, value in owned if first.setdefault(value, name) != name}
-
-
-def with_ties(params: dict[str, Tensor], tied: dict[str, str]) -> dict[str, Tensor]:
-    """Parameters under all their names, where ``tied`` is what :func:`tied_names` gives for the module."""
-    return params | {name: params[first] for name, first in tied.items() if first in params}

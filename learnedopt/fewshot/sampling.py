@@ -60,19 +60,13 @@ def frozen_indices(
     >>> bool((long.classes[:3] == short.classes).all() and (long.examples[:3] == short.examples).all())
     True
     """
-    check_frozen_count(count)
-    key = f"{name} {ways}-way {shots}-shot {queries}-query seed {seed}"
-    generator = generator_of(key)
+    generator = frozen_generator(f"{name} {ways}-way {shots}-shot {queries}-query seed {seed}", count)
     drawn = [draw_indices(counts, ways, shots, queries, 1, generator) for _ in range(count)]
     return EpisodeIndices(torch.cat([one.classes for one in drawn]), torch.cat([one.examples for one in drawn]), shots)
 
 
-def generator_of(key: str) -> Generator:
-    """A generator that depends on the key alone, and that no usual seed gives for training."""
-    return Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-
-
-def check_frozen_count(count: int) -> None:
-    """Raise ``ValueError`` unless a list may hold so many frozen episodes."""
+def frozen_generator(key: str, count: int) -> Generator:
+    """What draws a list of ``count`` frozen episodes: it depends on the key alone, and no usual seed gives it."""
     if count < 1:
         raise ValueError(f"a list of frozen episodes holds at least 1, got {count}")
+    return Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))

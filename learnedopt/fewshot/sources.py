@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from learnedopt.fewshot.episodes import Episodes
-from learnedopt.fewshot.sampling import EpisodeIndices, check_frozen_count, draw_indices, frozen_indices, generator_of
+from learnedopt.fewshot.sampling import EpisodeIndices, draw_indices, frozen_generator, frozen_indices
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -259,16 +259,10 @@ class Sinusoid(EpisodeSource):
         return x[:, 0], y[:, 0]
 
     def frozen(self, count: int, seed: int = 0) -> Episodes:
-        check_frozen_count(count)
-        generator = generator_of(f"sinusoid {self.part} {seed}")
-        drawn = [self.sample(1, generator) for _ in range(count)]
-        return Episodes(
-            torch.cat([one.support_x for one in drawn]),
-            torch.cat([one.support_y for one in drawn]),
-            torch.cat([one.query_x for one in drawn]),
-            torch.cat([one.query_y for one in drawn]),
-            ways=None,
-        )
+        generator = frozen_generator(f"sinusoid {self.part} {seed}", count)
+        drawn = [self.sample(1, generator).tensors for _ in range(count)]
+        support_x, support_y, query_x, query_y = map(torch.cat, zip(*drawn))
+        return Episodes(support_x, support_y, query_x, query_y, ways=None)
 
     def _draw(self, count: int, points: int, generator: Generator) -> tuple[Tensor, Tensor]:
         amplitude, phase = torch.rand(2, count, 1, 1, generator=generator)

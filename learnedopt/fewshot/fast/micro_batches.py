@@ -18,15 +18,7 @@ _NUMBERS = 2**22
 def fastest(
     module: nn.Module, example_shape: tuple[int, ...], images: int, shares_weights: bool, device: torch.device
 ) -> int | None:
-    """How many episodes go through the network together; ``None`` for all.
-
-    Args:
-        module: Contains the network.
-        example_shape: Of one example.
-        images: Examples in an episode.
-        shares_weights: Whether all episodes have the same weights.
-        device: Where the examples are.
-    """
+    """How many episodes, of so many images each, go through the network in ``module`` together; ``None`` for all."""
     each = max(images, 1) * numbers_per_image(module, example_shape)
     if each == math.inf or (each and shares_weights and device.type == "cpu"):
         return 1

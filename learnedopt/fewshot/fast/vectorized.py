@@ -51,17 +51,6 @@ def apply(
         if record is not None:
             record(found)
         return outputs
-    if len(x) == 1:
-        # squeeze, because the derivative of x[0] would be an array of zeros and a copy into it.
-        found = {}
-        own = {name: value.squeeze(0) for name, value in params.items()}
-        with statistics(rows, running=running, twice=twice, record=None if record is None else found):
-            outputs = torch.func.functional_call(
-                module, {**shared, **own}, (x.squeeze(0),), tie_weights=False
-            ).unsqueeze(0)
-        if record is not None:
-            record({norm: (mean[None], variance[None]) for norm, (mean, variance) in found.items()})
-        return outputs
     norms: list[EpisodicBatchNorm] = []
 
     def one(own: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -70,6 +59,13 @@ def apply(
             outputs = torch.func.functional_call(module, {**shared, **own}, (x,), tie_weights=False)
         norms[:] = used
         return outputs, list(used.values())
+
+    if len(x) == 1:
+        # squeeze, because the derivative of x[0] would be an array of zeros and a copy into it.
+        outputs, alone = one({name: value.squeeze(0) for name, value in params.items()}, x.squeeze(0))
+        if record is not None:
+            record({norm: (mean[None], variance[None]) for norm, (mean, variance) in zip(norms, alone)})
+        return outputs.unsqueeze(0)
 
     outputs, used = torch.func.vmap(one, randomness="different")(params, x)
     if record is not None:

@@ -16,7 +16,7 @@ from learnedopt.fewshot.config import check_choice, check_count
 from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.fast.vectorized import apply
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape, Part, episode_losses
-from learnedopt.fewshot.network import Network, check_stateless, feature_size, tied_names, with_ties
+from learnedopt.fewshot.network import Network, check_stateless, feature_size, tied_names
 from learnedopt.fewshot.normalization import EpisodicBatchNorm, Statistics, batch_norms, episodic
 
 Params = dict[str, Tensor]
@@ -247,7 +247,7 @@ class InnerLoopLearner(Learner):
     ) -> Tensor:
         running = self.config.normalization == "running" and not self.training
         seen = None if record is None else partial(record, updates)
-        params = with_ties(params, self.tied) if module is self.model else params
+        params = params | {name: params[first] for name, first in self.tied.items() if first in params}
         return apply(module, params, x, shared=shared, rows=rows, running=running, twice=twice, record=seen)
 
 
