@@ -49,8 +49,8 @@ from torch import Generator, Tensor, nn
 
 from learnedopt.fewshot import Conv4, Episodes, LearnerConfig, LearnerShape, Sinusoid
 from learnedopt.fewshot.backbones import MLP, BackboneConfig
-from learnedopt.fewshot.batch_norm import batch_norm
-from learnedopt.fewshot.convolution import Geometry, convolution
+from learnedopt.fewshot.fast.batch_norm import batch_norm
+from learnedopt.fewshot.fast.convolution import Geometry, convolution
 from learnedopt.fewshot.learners import MAMLConfig, ProtoNetConfig
 
 RESULTS = Path(__file__).parent / "results"

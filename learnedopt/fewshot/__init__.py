@@ -10,19 +10,12 @@ from learnedopt.fewshot.entries import (
     load_learner,
     save_learner,
 )
-from learnedopt.fewshot.episodes import (
-    ClassSet,
-    EpisodeIndices,
-    EpisodeList,
-    Episodes,
-    EpisodeSource,
-    FewShotTask,
-    Sinusoid,
-    TrainingSource,
-)
+from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.evaluate import Evaluation, evaluate
 from learnedopt.fewshot.learner import Adapted, Learner, LearnerConfig, LearnerShape
 from learnedopt.fewshot.learners import LEARNERS
+from learnedopt.fewshot.sampling import EpisodeIndices
+from learnedopt.fewshot.sources import ClassSet, EpisodeList, EpisodeSource, FewShotTask, Sinusoid, TrainingSource
 from learnedopt.fewshot.training import (
     EpisodeShape,
     FewShotRecipe,

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from learnedopt.data.fonts import glyph_images, scripts
-from learnedopt.fewshot.episodes import PARTS, ClassSet, FewShotTask, Part, frozen_indices
+from learnedopt.fewshot.sampling import frozen_indices
+from learnedopt.fewshot.sources import PARTS, ClassSet, FewShotTask, Part
 
 _FOLDER = Path(__file__).parent / "splits"
 _KEYS = {"name", "source", "dataset", "size", "channels", "resample", "invert", "rotations", "classes"}

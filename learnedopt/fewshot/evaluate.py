@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.learner import Learner
-
-
-class Batched(Protocol):
-    """Episodes that can be gone through in batches: :class:`Episodes` and :class:`EpisodeList`."""
-
-    def batches(self, size: int) -> Iterator[Episodes]:
-        """``size`` at a time, in order."""
-        ...
+from learnedopt.fewshot.sources import EpisodeList
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ class Evaluation:
         return f"{self.mean:.3g} ± {self.ci95:.2g}, median {self.median:.3g}, {self.diverged} diverged"
 
 
-def evaluate(learner: Learner, episodes: Batched, batch_size: int = 25) -> Evaluation:
+def evaluate(learner: Learner, episodes: Episodes | EpisodeList, batch_size: int = 25) -> Evaluation:
     """Let the learner fit the support set of every episode and predict its query set.
 
     The learner is put into evaluation mode for the time and is left as it was. Episodes follow it to its device.
@@ -147,7 +140,9 @@ def evaluate(learner: Learner, episodes: Batched, batch_size: int = 25) -> Evalu
     return Evaluation("mse" if squares else "accuracy", tuple(values), diverged, learner.transductive)
 
 
-def best_settings(learner: Learner, candidates: Iterable[dict[str, Any]], episodes: Batched) -> dict[str, Any]:
+def best_settings(
+    learner: Learner, candidates: Iterable[dict[str, Any]], episodes: Episodes | EpisodeList
+) -> dict[str, Any]:
     """The settings that give a learner the highest mean accuracy, or the lowest median error; of equals the first."""
     best, chosen = -math.inf, {}
     for settings in candidates:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from torch import Generator, Tensor, nn
 
 from learnedopt.fewshot.backbones import BackboneConfig
 from learnedopt.fewshot.config import Config, check_choice, check_count
-from learnedopt.fewshot.episodes import EpisodeList, Episodes, TrainingSource, check_labels
-from learnedopt.fewshot.normalization import NORMALIZATIONS, Normalization, batch_norms, statistics
-from learnedopt.fewshot.vectorized import numbers_per_image
+from learnedopt.fewshot.episodes import Episodes, check_labels, missing_classes
+from learnedopt.fewshot.fast.micro_batches import fastest, mean_loss
+from learnedopt.fewshot.normalization import NORMALIZATIONS, Normalization, batch_norms
+from learnedopt.fewshot.sources import EpisodeList, TrainingSource
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,10 @@ class Learner(nn.Module, ABC):
         Raises:
             ValueError: shapes, labels or ways do not fit.
         """
+        if torch.is_inference_mode_enabled():
+            # Inner loops need gradients, which inference mode cannot give back.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.fit(support_x.clone(), support_y.clone(), ways)
         shape = self.shape.example_shape
         single = support_x.ndim == len(shape) + 1
         if single:
@@ -254,20 +258,13 @@ class Learner(nn.Module, ABC):
             )
         if support_x.shape[0] == 0 or support_x.shape[1] == 0:
             raise ValueError(f"support_x holds no {'examples' if len(support_x) else 'episodes'}")
-        self._check_dtype("support_x", support_x)
-        ways = self._check_targets(support_y, ways)
-        if torch.is_inference_mode_enabled():
-            # Inner loops need gradients, which inference mode cannot give back.
-            with torch.inference_mode(False), torch.no_grad():
-                return self._fitted(support_x.clone(), support_y.clone(), ways, single)
-        return self._fitted(support_x, support_y, ways, single)
-
-    def _fitted(self, support_x: Tensor, support_y: Tensor, ways: int | None, single: bool) -> Adapted:
+        _check_dtype(self, "support_x", support_x)
+        ways = _check_targets(self, support_y, ways)
         # Queries are not known yet: 15 of each class, as is usual.
-        sizes = self._sizes(len(support_x), support_x.shape[1] + 15 * (ways or 0), support_x.device)
-        parts = zip(support_x.split(sizes), support_y.split(sizes))
+        size = self._at_once(len(support_x), support_x.shape[1] + 15 * (ways or 0), support_x.device)
+        parts = list(zip(support_x.split(size), support_y.split(size)))
         found = [self.fit_part(x, y, ways) for x, y in parts]
-        return Adapted(found, sizes, self.shape.example_shape, support_x.dtype, single)
+        return Adapted(found, [len(x) for x, _ in parts], shape, support_x.dtype, single)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """What meta-training minimizes, averaged over the episodes: a scalar to call ``backward`` on.
@@ -286,35 +283,18 @@ class Learner(nn.Module, ABC):
                 f"made for examples of shape {self.shape.example_shape}, and the episodes have examples of shape "
                 f"{episodes.example_shape}"
             )
-        self._check_targets(episodes.support_y, episodes.ways)
+        _check_targets(self, episodes.support_y, episodes.ways)
         for name in ("support_x", "query_x"):
-            self._check_dtype(name, getattr(episodes, name))
+            _check_dtype(self, name, getattr(episodes, name))
         images = episodes.support_x.shape[1] + episodes.query_x.shape[1]
-        size = self._sizes(len(episodes), images, episodes.support_x.device)[0]
+        size = self._at_once(len(episodes), images, episodes.support_x.device)
         if len(episodes) <= size:
             return self.losses(episodes).mean()
-        parts = episodes.batches(size)
-        tensors = (episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y)
+        losses = (self.losses(part) for part in episodes.batches(size))
         weights = [weight for weight in self.parameters() if weight.requires_grad]
-        if not weights or not torch.is_grad_enabled() or any(x.requires_grad for x in tensors):
-            return torch.cat([self.losses(part) for part in parts]).mean()
-        total: Tensor | None = None
-        gradients: list[Tensor | None] = [None] * len(weights)
-        for part in parts:
-            loss = self.losses(part).sum() / len(episodes)
-            total = loss.detach() if total is None else total + loss.detach()
-            if not loss.requires_grad:  # in evaluation mode, where a method makes constants of all that it computes
-                continue
-            found = torch.autograd.grad(loss, weights, allow_unused=True)
-            # Not in place: autograd gives two parameters that were added to each other the same tensor.
-            gradients = [
-                new if old is None else old if new is None else old + new for old, new in zip(gradients, found)
-            ]
-        assert total is not None
-        if all(gradient is None for gradient in gradients):
-            return total
-        loss_with_gradients: Tensor = _Differentiated.apply(total, gradients, *weights)
-        return loss_with_gradients
+        if not weights or not torch.is_grad_enabled() or any(x.requires_grad for x in episodes.tensors):
+            return torch.cat(list(losses)).mean()
+        return mean_loss(losses, weights, len(episodes))
 
     def training_step(self, source: TrainingSource, generator: Generator) -> Tensor:
         """The loss of one step of meta-training; the caller calls ``backward`` and the outer optimizer.
@@ -339,72 +319,46 @@ class Learner(nn.Module, ABC):
         adapted = self.fit_part(episodes.support_x, episodes.support_y, episodes.ways)
         return episode_losses(adapted.predict(episodes.query_x), episodes.query_y)
 
-    def _check_dtype(self, name: str, x: Tensor) -> None:
-        """Refuse examples that the network would not take, or would take for something else."""
-        if not x.is_floating_point():
-            raise ValueError(
-                f"{name} is {x.dtype}, and examples must be floating: convert (images with .float() / 255)"
-            )
-        weight = next(self.parameters(), x)
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{name} is {x.dtype}, and the learner's weights are {weight.dtype}: convert one of them")
-
-    def _check_targets(self, targets: Tensor, ways: int | None) -> int | None:
-        """Refuse labels or targets that do not fit the problem; returns the ways."""
-        if self.shape.ways is None:
-            if ways is not None or not targets.is_floating_point() or targets.ndim != 3:
-                raise ValueError(
-                    f"this learner was made for regression: targets must be floating, (n, {self.shape.outputs}) for "
-                    f"each episode, and ways None; got {targets.dtype} {tuple(targets.shape)} and ways={ways}"
-                )
-            if targets.shape[2] != self.shape.outputs:
-                raise ValueError(f"made for {self.shape.outputs} output(s), and the targets have {targets.shape[2]}")
-            return None
-        if ways is None:
-            ways = int(targets.max()) + 1 if self.any_ways and targets.numel() else self.shape.ways
-        if ways != self.shape.ways and not self.any_ways:
-            raise ValueError(
-                f"this {self.config.kind} was made for {self.shape.ways} ways, and the episodes have {ways}: build "
-                f"it with ways={ways}"
-            )
-        check_labels("support", targets, ways)
-        present = F.one_hot(targets, ways).any(1)
-        if not bool(present.all()):
-            raise ValueError(
-                f"of {ways} classes, {(~present).any(0).nonzero().flatten().tolist()} have no support example in some "
-                "episode: every class needs at least one"
-            )
-        return ways
-
-    def _sizes(self, episodes: int, images: int, device: torch.device) -> list[int]:
-        """How many episodes of so many images go through the network together, turn by turn."""
+    def _at_once(self, episodes: int, images: int, device: torch.device) -> int:
+        """How many episodes of so many images go through the network together."""
         size = self.config.episodes_at_once
-        if size is None:
-            size = episodes
-            each = max(images, 1) * numbers_per_image(self, self.shape.example_shape)
-            if each == math.inf or (each and self.shares_weights and device.type == "cpu"):
-                size = 1
-            elif each and device.type == "cpu":
-                size = max(1, int(_NUMBERS / each))
-        return [min(size, episodes - start) for start in range(0, episodes, size)]
+        return size or fastest(self, self.shape.example_shape, images, self.shares_weights, device) or episodes
 
 
-_NUMBERS = 2**22
-"""In the largest array: up to there allocators keep memory for the next step, and caches hold part of it."""
+def _check_dtype(learner: Learner, name: str, x: Tensor) -> None:
+    """Refuse examples that the network would not take, or would take for something else."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}, and examples must be floating: convert (images with .float() / 255)")
+    weight = next(learner.parameters(), x)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{name} is {x.dtype}, and the learner's weights are {weight.dtype}: convert one of them")
 
 
-class _Differentiated(torch.autograd.Function):
-    """A number whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *weights: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if gradient is None else gradient * grad for gradient in ctx.gradients)
+def _check_targets(learner: Learner, targets: Tensor, ways: int | None) -> int | None:
+    """Refuse labels or targets that do not fit the problem; returns the ways."""
+    shape = learner.shape
+    if shape.ways is None:
+        if ways is not None or not targets.is_floating_point() or targets.ndim != 3:
+            raise ValueError(
+                f"this learner was made for regression: targets must be floating, (n, {shape.outputs}) for each "
+                f"episode, and ways None; got {targets.dtype} {tuple(targets.shape)} and ways={ways}"
+            )
+        if targets.shape[2] != shape.outputs:
+            raise ValueError(f"made for {shape.outputs} output(s), and the targets have {targets.shape[2]}")
+        return None
+    if ways is None:
+        ways = int(targets.max()) + 1 if learner.any_ways and targets.numel() else shape.ways
+    if ways != shape.ways and not learner.any_ways:
+        raise ValueError(
+            f"this {learner.config.kind} was made for {shape.ways} ways, and the episodes have {ways}: build it with "
+            f"ways={ways}"
+        )
+    check_labels("support", targets, ways)
+    if missing := missing_classes(targets, ways):
+        raise ValueError(
+            f"of {ways} classes, {missing} have no support example in some episode: every class needs at least one"
+        )
+    return ways
 
 
 def episode_losses(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -418,47 +372,3 @@ def episode_losses(predictions: Tensor, targets: Tensor) -> Tensor:
         return (predictions - targets).square().flatten(1).mean(1)
     losses = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(1)
-
-
-def feature_size(backbone: nn.Module, example_shape: tuple[int, ...]) -> int:
-    """How many features a backbone makes of one example.
-
-    Raises:
-        ValueError: it does not take such examples.
-    """
-    like = next(backbone.parameters(), torch.empty(0))
-    training = backbone.training
-    try:
-        with torch.no_grad():
-            features = backbone.eval()(torch.zeros(2, *example_shape, dtype=like.dtype, device=like.device))
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the backbone does not take examples of shape {example_shape}: {error}") from error
-    finally:
-        backbone.train(training)
-    if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != 2:
-        raise ValueError("a backbone must return one tensor (n, ...), features of each example")
-    return math.prod(features.shape[1:])
-
-
-def check_stateless(backbone: nn.Module, example_shape: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` if a forward pass in training changes buffers: a fit must leave no trace in the learner.
-
-    Args:
-        backbone: With its batch normalization replaced by :func:`learnedopt.fewshot.normalization.episodic`.
-        example_shape: Of one example.
-    """
-    trial = copy.deepcopy(backbone).train()
-    like = next(trial.parameters(), torch.empty(0))
-    if like.is_meta:  # without numbers, as in building a network for its shapes
-        return
-    before = {name: value.clone() for name, value in trial.named_buffers()}
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), statistics():
-        for weight in trial.parameters():  # what follows the weights is still now, and moves in training
-            weight.add_(torch.randn_like(weight))
-        trial(torch.rand(4, *example_shape, dtype=like.dtype, device=like.device))
-    if changed := [name for name, value in trial.named_buffers() if not torch.equal(value, before[name])]:
-        raise ValueError(
-            f"a forward pass of the backbone changes its buffers {', '.join(changed)}, and fitting to an episode must "
-            "leave no trace: take modules without running state (of normalizations track_running_stats=False); "
-            "torch's batch normalization is the exception"
-        )

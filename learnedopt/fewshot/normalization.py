@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from learnedopt.fewshot.batch_norm import batch_norm
+from learnedopt.fewshot.fast.batch_norm import batch_norm
 
 Normalization = Literal["transductive", "support", "running"]
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)

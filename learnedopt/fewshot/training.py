@@ -17,9 +17,9 @@ from torch import Tensor
 from learnedopt.fewshot.backbones import BackboneConfig
 from learnedopt.fewshot.datasets import load_classes
 from learnedopt.fewshot.entries import LearnerEntry, learner_info, load_learner, save_learner
-from learnedopt.fewshot.episodes import EpisodeSource, FewShotTask, Sinusoid, TrainingSource
 from learnedopt.fewshot.evaluate import evaluate
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
+from learnedopt.fewshot.sources import EpisodeSource, FewShotTask, Sinusoid, TrainingSource
 from learnedopt.meta.recipe import (
     check_folder,
     hardware,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt.fewshot.backbones import BACKBONES, MLP, BackboneConfig, Conv4
-from learnedopt.fewshot.learner import feature_size
+from learnedopt.fewshot.fast.vectorized import apply
+from learnedopt.fewshot.network import Network, feature_size, tied_names
 from learnedopt.fewshot.normalization import EpisodicBatchNorm, Statistics, episodic, statistics
-from learnedopt.fewshot.vectorized import Network, apply, tied_names
 from tests.fewshot.support import generator
 
 
@@ -179,7 +179,11 @@ def test_fully_connected_layers_run_on_all_episodes_at_once(layers: list[nn.Modu
         return [outputs, *first, *torch.autograd.grad(penalty, list(params.values()))]
 
     state = copy.deepcopy(module.state_dict())
-    together = apply(module, params, x, tied=tied_names(module))
+
+    def under_all_names(own: dict[str, Tensor]) -> dict[str, Tensor]:
+        return own | {name: own[first] for name, first in tied_names(module).items() if first in own}
+
+    together = apply(module, under_all_names(params), x)
     alone = []
     for number in range(4):
         own = {name: value[number] for name, value in params.items()}
@@ -187,11 +191,10 @@ def test_fully_connected_layers_run_on_all_episodes_at_once(layers: list[nn.Modu
         with torch.no_grad():
             for name, weight in clone.named_parameters():
                 weight.copy_(own.get(name, weight))
-        own |= {name: own[first] for name, first in tied_names(module).items() if first in own}
-        alone.append(torch.func.functional_call(module, own, (x[number],), tie_weights=False))
+        alone.append(torch.func.functional_call(module, under_all_names(own), (x[number],), tie_weights=False))
         torch.testing.assert_close(alone[number], clone(x[number]))
         one = {name: value[number : number + 1] for name, value in params.items()}
-        found = apply(module, one, x[number : number + 1], tied=tied_names(module))
+        found = apply(module, under_all_names(one), x[number : number + 1])
         torch.testing.assert_close(found[0], alone[number])
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     torch.testing.assert_close(derivatives(together), derivatives(torch.stack(alone)))

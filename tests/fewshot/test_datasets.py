@@ -25,7 +25,7 @@ from learnedopt.fewshot.datasets import (
     omniglot,
     split_names,
 )
-from learnedopt.fewshot.episodes import PARTS
+from learnedopt.fewshot.sources import PARTS
 
 Image = pytest.importorskip("PIL.Image")
 

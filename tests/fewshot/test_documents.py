@@ -44,7 +44,6 @@ from learnedopt.fewshot import (
     load_split,
 )
 from learnedopt.fewshot.datasets import split_names
-from learnedopt.fewshot.episodes import PARTS
 from learnedopt.fewshot.learners import (
     ANILConfig,
     FinetuneConfig,
@@ -54,6 +53,7 @@ from learnedopt.fewshot.learners import (
     ProtoNetConfig,
 )
 from learnedopt.fewshot.learners.finetune import Finetune
+from learnedopt.fewshot.sources import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "fewshot.md").read_text()

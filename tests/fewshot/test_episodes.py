@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 from learnedopt.fewshot import ClassSet, EpisodeIndices, Episodes, FewShotTask, Sinusoid, TrainingSource, load_split
 from learnedopt.fewshot import datasets as datasets_module
 from learnedopt.fewshot.datasets import GLYPH_SCRIPTS, check_frozen, frozen_key
-from learnedopt.fewshot.episodes import PARTS, Part, draw_indices, frozen_indices
+from learnedopt.fewshot.sampling import draw_indices, frozen_indices
+from learnedopt.fewshot.sources import PARTS, Part
 
 
 def numbered(counts: tuple[int, ...]) -> ClassSet:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from learnedopt.fewshot import Episodes, Evaluation, FewShotTask, LearnerShape, Sinusoid, evaluate
 from learnedopt.fewshot.backbones import MLP, Conv4
-from learnedopt.fewshot.episodes import ClassSet
 from learnedopt.fewshot.learner import Learner, LearnerConfig, Part
 from learnedopt.fewshot.learners import MAMLConfig, ProtoNetConfig
+from learnedopt.fewshot.sources import ClassSet
 
 
 class Told(Learner):

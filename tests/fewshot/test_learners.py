@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learnedopt.fewshot import vectorized
 from learnedopt.fewshot.backbones import MLP, Conv4
-from learnedopt.fewshot.episodes import ClassSet, Episodes, FewShotTask, Sinusoid, TrainingSource
+from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.evaluate import evaluate
+from learnedopt.fewshot.fast import vectorized
 from learnedopt.fewshot.learner import Learner, LearnerShape
 from learnedopt.fewshot.learners import LEARNERS, MAMLConfig
 from learnedopt.fewshot.learners.inner_loop import InnerLoopLearner
 from learnedopt.fewshot.normalization import batch_norms
+from learnedopt.fewshot.sources import ClassSet, FewShotTask, Sinusoid, TrainingSource
 from learnedopt.rules import MetaLSTMConfig
 from tests.fewshot.support import (
     CLASSES,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learnedopt import zoo
-from learnedopt.fewshot.episodes import ClassSet, Episodes, FewShotTask, TrainingSource
+from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.evaluate import evaluate
 from learnedopt.fewshot.learner import Learner, LearnerShape
 from learnedopt.fewshot.learners import (
@@ -30,6 +30,7 @@ from learnedopt.fewshot.learners import (
 )
 from learnedopt.fewshot.learners.inner_loop import AdaptedNetwork, InnerLoopLearner
 from learnedopt.fewshot.normalization import batch_norms
+from learnedopt.fewshot.sources import ClassSet, FewShotTask, TrainingSource
 from learnedopt.optim import MetaLSTMOptimizer
 from learnedopt.rules import MetaLSTMConfig
 from tests.fewshot.support import assert_gradient_is_exact, backbone, episodes, generator, make, meta_gradient

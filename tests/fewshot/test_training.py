@@ -37,8 +37,8 @@ from learnedopt.fewshot import (
     load_recipes,
     save_learner,
 )
-from learnedopt.fewshot.episodes import PARTS, Part
 from learnedopt.fewshot.learners import FinetuneConfig, MAMLConfig, MAMLPlusPlusConfig, ProtoNetConfig, ReptileConfig
+from learnedopt.fewshot.sources import PARTS, Part
 from learnedopt.zoo import ZooError
 
 SINE = FewShotRecipe(

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt.fewshot.episodes import Episodes
-from learnedopt.fewshot.learner import (
-    Learner,
-    LearnerConfig,
-    LearnerShape,
-    Part,
-    check_stateless,
-    episode_losses,
-    feature_size,
-)
+from learnedopt.fewshot.fast.vectorized import apply
+from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape, Part, episode_losses
+from learnedopt.fewshot.network import Network, check_stateless, feature_size
 from learnedopt.fewshot.normalization import Normalization, Statistics, episodic
-from learnedopt.fewshot.vectorized import Network, apply
 
 
 @dataclass(frozen=True)

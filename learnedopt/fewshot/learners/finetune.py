@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learnedopt.fewshot.config import check_count, check_positive
-from learnedopt.fewshot.episodes import EpisodeList, Episodes, TrainingSource
+from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.evaluate import best_settings
 from learnedopt.fewshot.learner import LearnerShape
 from learnedopt.fewshot.learners.embedding import EmbeddingConfig, EmbeddingLearner
 from learnedopt.fewshot.learners.inner_loop import InnerLoopConfig, InnerLoopLearner, Params, Record
 from learnedopt.fewshot.normalization import Normalization
+from learnedopt.fewshot.sources import EpisodeList, TrainingSource
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,10 @@ from torch import Tensor, nn
 
 from learnedopt.fewshot.config import check_choice, check_count
 from learnedopt.fewshot.episodes import Episodes
-from learnedopt.fewshot.learner import (
-    Learner,
-    LearnerConfig,
-    LearnerShape,
-    Part,
-    check_stateless,
-    episode_losses,
-    feature_size,
-)
+from learnedopt.fewshot.fast.vectorized import apply
+from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape, Part, episode_losses
+from learnedopt.fewshot.network import Network, check_stateless, feature_size, tied_names
 from learnedopt.fewshot.normalization import EpisodicBatchNorm, Statistics, batch_norms, episodic
-from learnedopt.fewshot.vectorized import Network, apply, tied_names
 
 Params = dict[str, Tensor]
 """Adapted parameters by name, each ``(E, *shape)``."""
@@ -254,8 +247,8 @@ class InnerLoopLearner(Learner):
     ) -> Tensor:
         running = self.config.normalization == "running" and not self.training
         seen = None if record is None else partial(record, updates)
-        tied = self.tied if module is self.model else None
-        return apply(module, params, x, shared=shared, rows=rows, running=running, twice=twice, record=seen, tied=tied)
+        params = params | {name: params[first] for name, first in self.tied.items() if first in params}
+        return apply(module, params, x, shared=shared, rows=rows, running=running, twice=twice, record=seen)
 
 
 def flatten(params: Params) -> Tensor:

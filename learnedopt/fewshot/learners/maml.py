@@ -53,7 +53,7 @@ class MAML(InnerLoopLearner):
     (arXiv:1703.03400), section 2; first order, section 5.2.
 
     >>> from learnedopt.fewshot.backbones import MLP
-    >>> from learnedopt.fewshot.episodes import Sinusoid
+    >>> from learnedopt.fewshot.sources import Sinusoid
     >>> from learnedopt.fewshot.learner import LearnerShape
     >>> generator = torch.Generator().manual_seed(0)
     >>> learner = MAMLConfig(learning_rate=0.01).build(MLP(), LearnerShape((1,), ways=None), generator)

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from learnedopt.fewshot.episodes import EpisodeList, Episodes
+from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.evaluate import best_settings
 from learnedopt.fewshot.learner import LearnerShape
 from learnedopt.fewshot.learners.inner_loop import InnerLoopConfig, InnerLoopLearner, Params, Record, flatten, unflatten
+from learnedopt.fewshot.sources import EpisodeList
 from learnedopt.kernels import extension
 from learnedopt.kernels.training import fused
 from learnedopt.rules import MetaLSTMConfig, MetaLSTMRule, Segments

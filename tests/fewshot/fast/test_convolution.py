@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learnedopt.fewshot import convolution as module
-from learnedopt.fewshot import vectorized
-from learnedopt.fewshot.convolution import Geometry, convolution
-from learnedopt.fewshot.vectorized import apply
+from learnedopt.fewshot.fast import convolution as module
+from learnedopt.fewshot.fast import vectorized
+from learnedopt.fewshot.fast.convolution import Geometry, convolution
+from learnedopt.fewshot.fast.vectorized import apply
 from tests.fewshot.support import derivatives, generator
 
 GEOMETRIES = [

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learnedopt.fewshot import normalization
-from learnedopt.fewshot.batch_norm import batch_norm
+from learnedopt.fewshot.fast.batch_norm import batch_norm
 from tests.fewshot.support import derivatives, episodes, generator, make
 
 EPS = 1e-3

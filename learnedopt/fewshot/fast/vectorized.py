@@ -9,21 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learnedopt.fewshot.convolution import Geometry, convolution
+from learnedopt.fewshot.fast.convolution import Geometry, convolution
+from learnedopt.fewshot.network import Network
 from learnedopt.fewshot.normalization import EpisodicBatchNorm, Statistics, batch_norms, in_channels, statistics
-
-
-class Network(nn.Module):
-    """A backbone and a read-out of its features."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = self.head(self.backbone(x).flatten(1))
-        return outputs
 
 
 def apply(
@@ -36,7 +24,6 @@ def apply(
     running: bool = False,
     twice: bool = False,
     record: Callable[[Statistics], None] | None = None,
-    tied: dict[str, str] | None = None,
 ) -> Tensor:
     """Run a network on a batch of episodes, each with parameters and statistics of its own.
 
@@ -47,14 +34,11 @@ def apply(
         shared: Parameters and buffers by name to use in place of the module's own, in all episodes.
         rows, running, twice: As in :func:`statistics`.
         record: Called with the statistics used, each ``(E, channels)``.
-        tied: What :func:`tied_names` gives for the module, where ``params`` holds parameters that may be tied.
 
     Returns:
         ``(E, n, outputs)``.
     """
     shared = shared or {}
-    if tied:
-        params = params | {name: params[first] for name, first in tied.items() if first in params}
     if not params and (running or not batch_norms(module)):
         with statistics(running=True):
             flat = torch.func.functional_call(module, shared, (x.flatten(0, 1),), tie_weights=False)
@@ -67,17 +51,6 @@ def apply(
         if record is not None:
             record(found)
         return outputs
-    if len(x) == 1:
-        # squeeze, because the derivative of x[0] would be an array of zeros and a copy into it.
-        found = {}
-        own = {name: value.squeeze(0) for name, value in params.items()}
-        with statistics(rows, running=running, twice=twice, record=None if record is None else found):
-            outputs = torch.func.functional_call(
-                module, {**shared, **own}, (x.squeeze(0),), tie_weights=False
-            ).unsqueeze(0)
-        if record is not None:
-            record({norm: (mean[None], variance[None]) for norm, (mean, variance) in found.items()})
-        return outputs
     norms: list[EpisodicBatchNorm] = []
 
     def one(own: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -87,26 +60,17 @@ def apply(
         norms[:] = used
         return outputs, list(used.values())
 
+    if len(x) == 1:
+        # squeeze, because the derivative of x[0] would be an array of zeros and a copy into it.
+        outputs, alone = one({name: value.squeeze(0) for name, value in params.items()}, x.squeeze(0))
+        if record is not None:
+            record({norm: (mean[None], variance[None]) for norm, (mean, variance) in zip(norms, alone)})
+        return outputs.unsqueeze(0)
+
     outputs, used = torch.func.vmap(one, randomness="different")(params, x)
     if record is not None:
         record(dict(zip(norms, used)))
     return outputs
-
-
-def tied_names(module: nn.Module) -> dict[str, str]:
-    """Parameters that two modules share: further names, and the name in ``named_parameters``.
-
-    ``functional_call`` could find them itself, but takes long over it, and leaves a module that has two places in the
-    network with the parameters of the call.
-    """
-    first: dict[nn.Parameter, str] = {}
-    owned = (
-        (f"{prefix}.{name}" if prefix else name, value)
-        for prefix, child in module.named_modules()
-        for name, value in child._parameters.items()
-        if value is not None
-    )
-    return {name: first[value] for name, value in owned if first.setdefault(value, name) != name}
 
 
 def numbers_per_image(module: nn.Module, example_shape: tuple[int, ...]) -> float:

@@ -1,0 +1,249 @@
+"""Trained weights on disk: entries of a zoo, found, verified and written, whatever the weights are of.
+
+An entry is a folder of three files:
+
+* ``weights.safetensors``: the weights, never pickled. Its metadata repeats the settings of what they belong to, so that
+  weights and settings cannot drift apart unnoticed.
+* ``config.json``: name, description, those settings, the sha256 of the weights, and how they were made.
+* ``card.md``: for people. What it is good at and where it fails.
+
+The entries that come with the package need no download.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+_TEXTS = ("name", "description", "sha256")
+WEIGHTS, CONFIG, CARD = "weights.safetensors", "config.json", "card.md"
+Settings = TypeVar("Settings")
+Load = Callable[[Path], object]
+
+
+class ZooError(ValueError):
+    """An entry that cannot be found, read, trusted or written; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known about every entry without reading its weights."""
+
+    name: str
+    description: str
+    """One line: what it was trained for."""
+    sha256: str
+    """Of ``weights.safetensors``."""
+    path: Path
+    """The entry's folder."""
+
+    @property
+    def card(self) -> str:
+        """The text of ``card.md``."""
+        return _read(self.path / CARD).decode()
+
+
+@dataclass(frozen=True)
+class EntryKind(Generic[Settings]):
+    """Entries that hold one kind of thing: where they are, what they say of it, and what they are called."""
+
+    thing: str
+    """What they hold, in messages and as the key of the weights' metadata."""
+    called: tuple[str, str]
+    """One of them and several, in messages."""
+    settings: tuple[str, ...]
+    """The keys of ``config.json`` that say what the weights belong to."""
+    history: str
+    """The key of ``config.json`` that says how they were made."""
+    parse: Callable[[Any], Settings]
+    """Settings from JSON: from the value of the key in ``settings``, or from a dictionary where there are several.
+    Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``RuntimeError`` for those that nothing can be built from."""
+    folder: str = ""
+    """Where those that come with the package are, within the zoo's folder."""
+
+    def root(self) -> Path:
+        """The folder of the entries that come with the package: inside it, or beside it in a checkout."""
+        package = Path(__file__).resolve().parent
+        installed = package / "zoo"
+        return (installed if installed.is_dir() else package.parent / "zoo") / self.folder
+
+    def names(self) -> list[str]:
+        """Of the entries that come with the package, in alphabetical order."""
+        return sorted(path.parent.name for path in self.root().glob(f"*/{CONFIG}"))
+
+    def read(self, name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Any], Settings, dict[str, Any]]:
+        """The fields of an :class:`Entry`, the settings, and how the weights were made.
+
+        Arguments and errors are those of :func:`learnedopt.zoo.entry_info`.
+        """
+        folder = self._find(name_or_path)
+        values = self._config(folder / CONFIG)
+        fields = {key: values[key] for key in _TEXTS} | {"path": folder}
+        return fields, self._parsed(self._described(values), folder / CONFIG), values[self.history]
+
+    def tensors(self, entry: Entry, settings: Settings) -> dict[str, Tensor]:
+        """The weights of an entry.
+
+        Raises:
+            ZooError: the file is missing, truncated, altered (its sha256 is not the one recorded), not written by this
+                package, or of other settings.
+        """
+        file = entry.path / WEIGHTS
+        data = _read(file)
+        if (actual := hashlib.sha256(data).hexdigest()) != entry.sha256:
+            raise ZooError(
+                f"{file} is truncated or corrupted: its sha256 is {actual}, and {CONFIG} says {entry.sha256}. "
+                f"Restore the file ({len(data)} bytes now) from its source"
+            )
+        try:
+            tensors = safetensors.torch.load(data)
+            # The header: an eight-byte length, then JSON.
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            described = dict(json.loads(header["__metadata__"][self.thing]))
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ZooError(f"{file} is not a weight file written by learnedopt ({error!r})") from error
+        if (trained := self._parsed(described, file)) != settings:
+            raise ZooError(
+                f"{entry.path / CONFIG} does not match the weights beside it: they were trained as {trained}, and it "
+                f"says {settings}"
+            )
+        return tensors
+
+    def write(
+        self, folder: Path, values: Mapping[str, Any], weights: Mapping[str, Tensor], card: str, load: Load
+    ) -> None:
+        """Write an entry, complete or not at all, replacing one that is there. The same arguments give the same bytes.
+
+        Args:
+            folder: Where. Parents are made.
+            values: What ``config.json`` says, as JSON types: name, description, settings and history.
+            weights: By name.
+            card: Markdown for people.
+            load: Called on the entry before it takes its place, to prove that it can be loaded.
+
+        Raises:
+            ZooError: the weights are not finite, name or description is not one line, something is not JSON, or the
+                folder holds anything but an entry.
+        """
+        name, description = values["name"], values["description"]
+        if not name or any(separator in name for separator in "/\\\n"):
+            raise ZooError(f"an entry's name is one word without path separators, got {name!r}")
+        if not description.strip() or "\n" in description:
+            raise ZooError(f"an entry's description is one line, got {description!r}")
+        if folder.exists() and not (
+            folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG, CARD}
+        ):
+            raise ZooError(f"{folder} exists and is not a zoo entry: choose another folder")
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+        if broken := _not_finite(tensors):
+            dtype = str(tensors[broken[0]].dtype).removeprefix("torch.")
+            raise ZooError(f"the {self.thing} cannot be saved: its weights are not finite in {dtype}, in {broken}")
+        # A single metadata entry, because safetensors writes several in no fixed order.
+        data = safetensors.torch.save(tensors, {self.thing: json.dumps(self._described(values), sort_keys=True)})
+        values = {"format_version": FORMAT_VERSION, **values, "sha256": hashlib.sha256(data).hexdigest()}
+        try:
+            config = json.dumps(values, indent=2, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ZooError(f"an entry's settings must be plain JSON types: {error}") from error
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            written, replaced = Path(scratch) / "new", Path(scratch) / "old"
+            written.mkdir()
+            (written / WEIGHTS).write_bytes(data)
+            (written / CONFIG).write_text(config + "\n", encoding="utf-8")
+            (written / CARD).write_text(card, encoding="utf-8")
+            load(written)
+            # A folder can be renamed only onto nothing: an old entry steps aside; its files go with the scratch folder.
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(written, folder)
+
+    def _find(self, name_or_path: str | os.PathLike[str]) -> Path:
+        name, known, (one, several) = os.fspath(name_or_path), self.names(), self.called
+        is_folder = not isinstance(name_or_path, str) or os.sep in name or "/" in name
+        if name in known and not is_folder:
+            return self.root() / name
+        if Path(name).is_dir():
+            return Path(name)
+        if is_folder:
+            raise ZooError(f"there is no folder {name!r}")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ZooError(
+            f"the zoo has no {one} {name!r}, and there is no folder of that name.{hint} Its {several}: {known}"
+        )
+
+    def _config(self, file: Path) -> dict[str, Any]:
+        """What ``config.json`` says, checked to have all keys with values of the right types."""
+        text = _read(file)
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ZooError(f"{file} is not valid JSON ({error})") from error
+        if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
+            advice = "; it is of a run: export that first" if (file.parent / "checkpoint.pt").exists() else ""
+            raise ZooError(f"{file} does not describe a zoo entry: it has no integer 'format_version'{advice}")
+        if values["format_version"] > FORMAT_VERSION:
+            raise ZooError(
+                f"{file} has format version {values['format_version']}, and this version of learnedopt reads up to "
+                f"{FORMAT_VERSION}: upgrade learnedopt"
+            )
+        keys = ("name", "description", *self.settings, "sha256", self.history)
+        if missing := [key for key in keys if key not in values]:
+            raise ZooError(f"{file} lacks {missing}")
+        for key in keys:
+            if not isinstance(values[key], str if key in _TEXTS else dict):
+                raise ZooError(f"{file}: {key!r} must be a JSON {'string' if key in _TEXTS else 'object'}")
+        return values
+
+    def _described(self, values: Mapping[str, Any]) -> Any:
+        """What :attr:`parse` takes, and the weights' metadata repeat."""
+        if len(self.settings) == 1:
+            return values[self.settings[0]]
+        return {key: values[key] for key in self.settings}
+
+    def _parsed(self, described: Any, file: Path) -> Settings:
+        try:
+            return self.parse(described)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            why = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ZooError(f"{file} describes no {self.thing} that can be built: {why}") from error
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    """Raise :class:`ZooError` unless the tensors of ``file`` have the names and shapes expected, and are finite."""
+    problems = []
+    if missing := sorted(expected.keys() - found.keys()):
+        problems.append(f"missing tensors {missing}")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        problems.append(f"unexpected tensors {unexpected}")
+    for key in sorted(expected.keys() & found.keys()):
+        if expected[key].shape != found[key].shape:
+            problems.append(f"{key!r} has shape {tuple(found[key].shape)}, not {tuple(expected[key].shape)}")
+    if problems:
+        raise ZooError(f"{file} does not match its configuration: {'; '.join(problems)}")
+    if broken := _not_finite(found):
+        raise ZooError(f"{file} holds values that are not finite, in {broken}")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all())
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ZooError(f"cannot read {file}: {error.strerror}. An entry holds {WEIGHTS}, {CONFIG}, {CARD}") from error
