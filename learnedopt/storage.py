@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -70,6 +70,8 @@ class EntryKind(Generic[Settings]):
     parse: Callable[[Any], Settings]
     """Settings from JSON: from the value of the key in ``settings``, or from a dictionary where there are several.
     Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``RuntimeError`` for those that nothing can be built from."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of entries that come with the package."""
     folder: str = ""
     """Where those that come with the package are, within the zoo's folder."""
 
@@ -173,13 +175,13 @@ class EntryKind(Generic[Settings]):
     def _find(self, name_or_path: str | os.PathLike[str]) -> Path:
         name, known, (one, several) = os.fspath(name_or_path), self.names(), self.called
         is_folder = not isinstance(name_or_path, str) or os.sep in name or "/" in name
-        if name in known and not is_folder:
-            return self.root() / name
+        if not is_folder and (found := name if name in known else self.aliases.get(name)) in known:
+            return self.root() / found
         if Path(name).is_dir():
             return Path(name)
         if is_folder:
             raise ZooError(f"there is no folder {name!r}")
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, [*known, *self.aliases], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ZooError(
             f"the zoo has no {one} {name!r}, and there is no folder of that name.{hint} Its {several}: {known}"

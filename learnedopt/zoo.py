@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from learnedopt.rules import RuleConfig, UpdateRule, build_rule
+from learnedopt.rules.legacy import former, modern_config, modern_weights
 from learnedopt.storage import WEIGHTS, Entry, EntryKind, check_tensors
 from learnedopt.storage import ZooError as ZooError
 
@@ -39,8 +41,8 @@ def entry_info(name_or_path: str | os.PathLike[str]) -> ZooEntry:
 
     Args:
         name_or_path: A path object, or a string that contains a path separator, is a folder. Any other string is a
-            name in the zoo if the zoo has it, else a folder of the working directory. A folder therefore never hides
-            an entry of the zoo; write ``./default`` to mean the folder.
+            name in the zoo if the zoo has it, or a role (:data:`ALIASES`), else a folder of the working directory. A
+            folder therefore never hides an entry of the zoo; write ``./default`` to mean the folder.
 
     Raises:
         ZooError: there is no such entry, or its ``config.json`` is missing, is malformed, was written by a newer
@@ -63,7 +65,7 @@ def load_rule(name_or_path: str | os.PathLike[str]) -> UpdateRule:
             one recorded), do not fit the configuration, or are not finite.
     """
     entry = entry_info(name_or_path)
-    tensors, rule = _RULES.tensors(entry, entry.config), _blank(entry.config)
+    tensors, rule = modern_weights(entry.config.kind, _RULES.tensors(entry, entry.config)), _blank(entry.config)
     check_tensors(rule.state_dict(), tensors, entry.path / WEIGHTS)
     # assign: the rule takes the loaded tensors themselves, whatever default dtype or device the program has set.
     rule.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
@@ -118,8 +120,18 @@ def rule_fingerprint(rule: UpdateRule) -> str:
 
     Equal fingerprints mean the same rule bit for bit; device, training mode and file do not enter, dtype does.
     """
-    digest = hashlib.sha256(json.dumps(rule.config.to_dict(), sort_keys=True).encode())
-    for key, tensor in sorted(rule.state_dict().items()):
+    return _fingerprint(rule.config.to_dict(), rule.state_dict())
+
+
+def former_fingerprint(rule: UpdateRule) -> str | None:
+    """What :func:`rule_fingerprint` was in version 0.1, where it was another."""
+    before = former(rule.config.to_dict(), rule.state_dict())
+    return None if before is None else _fingerprint(*before)
+
+
+def _fingerprint(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for key, tensor in sorted(weights.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -131,6 +143,14 @@ def _blank(config: RuleConfig | Mapping[str, Any]) -> UpdateRule:
         return build_rule(config)
 
 
+ALIASES = {"default": "sf-eigen-1", "light": "sf-adam-1"}
+"""Roles, and the entries that have them now. What is saved names the entry."""
+
 _RULES = EntryKind(
-    "rule", ("entry", "entries"), ("rule",), history="meta_training", parse=lambda values: _blank(values).config
+    "rule",
+    ("entry", "entries"),
+    ("rule",),
+    history="meta_training",
+    parse=lambda values: _blank(modern_config(values)).config,
+    aliases=ALIASES,
 )

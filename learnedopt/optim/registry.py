@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import os
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from learnedopt.rules import UpdateRule
-from learnedopt.zoo import former_fingerprint, load_rule, rule_fingerprint
+from learnedopt.zoo import entry_info, former_fingerprint, load_rule, rule_fingerprint
 
 RuleLike = str | os.PathLike[str] | UpdateRule
 
@@ -44,7 +43,7 @@ class RuleRegistry:
         if isinstance(rule, UpdateRule):
             name, rule = rule.config.kind, copy.deepcopy(rule)
         elif isinstance(rule, str | os.PathLike):
-            name, rule = Path(rule).resolve().name, load_rule(rule)
+            name, rule = entry_info(rule).path.resolve().name, load_rule(rule)
         else:
             raise TypeError(
                 f"rule must be a name in the zoo, a folder, or an UpdateRule object, got {type(rule).__name__}"

@@ -37,9 +37,13 @@ def modern_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def modern_weights(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Meta-parameters by the names that they have now, from those of a rule of a former kind."""
-    frame = {"eigenbasis": "inner.", "schedule_free_lstm": ""}.get(kind)
-    if frame is None:
+    """Meta-parameters by the names that they have now, from those of any time.
+
+    Args:
+        kind: Of the rule, as it is called now.
+    """
+    frame = {"in_eigenbases": "inner.", "schedule_free": ""}.get(kind, "")
+    if f"{frame}readout.weight" not in weights or kind not in ("in_eigenbases", "schedule_free"):
         return dict(weights)
     return {f"{frame}modulator.{name.removeprefix(frame)}": value for name, value in weights.items()}
 
