@@ -163,11 +163,12 @@ class InEigenbases(UpdateRule):
     where the columns of :math:`Q_L` and :math:`Q_R` tend to the eigenvectors of :math:`L` and :math:`R`: in each of the
     first ``settling`` steps, from the first gradient of a tensor that is not zero, and in every ``interval``-th from
     then on, :math:`Q \leftarrow \mathrm{qr}((L + \epsilon_L \operatorname{tr}(L)\, I)\, Q)`, columns in the order of
-    :math:`\mathrm{diag}(Q^\top L Q)`; in the first step, where :math:`Q = I` before, four times. The state of the rule
-    turns with them, by :math:`T = Q_\mathrm{new}^\top Q_\mathrm{old}`, as its :class:`~learnedopt.rules.StateSpec` says:
-    directions such as the momentum :math:`m` by :math:`T`, second moments :math:`v` by :math:`T \odot T`, units of an
-    LSTM stay with their column; and :math:`|m|` is kept to at most :math:`\sqrt v` times what it can be where nothing
-    turns (:func:`~learnedopt.rules.moments.momentum_bound`). Directions along which gradients differ in size so become
+    :math:`\mathrm{diag}(Q^\top L Q)`; in the first step, where :math:`Q = I` before, four times. The state of the
+    rule turns with them, by :math:`T = Q_\mathrm{new}^\top Q_\mathrm{old}`, as its
+    :class:`~learnedopt.rules.StateSpec` says: directions such as the momentum :math:`m` by :math:`T`, second
+    moments :math:`v` by :math:`T \odot T`, units of an LSTM stay with their column; and :math:`|m|` is kept to at
+    most :math:`\sqrt v` times what it can be where nothing turns
+    (:func:`~learnedopt.rules.moments.momentum_bound`). Directions along which gradients differ in size so become
     coordinates of their own, whose steps the rule can scale one by one. Vectors and scalars are optimized as they
     are, and so is a side of a matrix that is longer than ``max_side``.
 

@@ -76,11 +76,12 @@ class ScheduleFreeRule(UpdateRule):
         \Delta\theta &= c\, d - (1 - \beta + \beta c)\, s, \qquad d \leftarrow (1 - c)(d - \beta s)
 
     which is :math:`z \leftarrow z - s`, :math:`x \leftarrow (1 - c) x + c z` in other coordinates. The modulator is
-    :class:`~learnedopt.rules.PowerLaws` :math:`W f + w`, by which step sizes are power laws of time, of a tensor's size
-    and so on, or another of :mod:`learnedopt.rules.modulators`. The tensor features are the log RMS of the parameter,
-    the mean of :math:`a \tilde g` (the alignment of momentum and gradient), the log RMS of :math:`a` (how consistent
-    gradients are), the cosine between :math:`d` and :math:`-a`, and the log RMS of :math:`d` over that of the
-    parameter; the log RMSs and their difference are divided by 3 and clamped to [-7/3, 1]. Then come :math:`\log t`, over its value at ``max_time``, and the *way*, by which too large steps show:
+    :class:`~learnedopt.rules.PowerLaws` :math:`W f + w`, by which step sizes are power laws of time, of a tensor's
+    size and so on, or another of :mod:`learnedopt.rules.modulators`. The tensor features are the log RMS of the
+    parameter, the mean of :math:`a \tilde g` (the alignment of momentum and gradient), the log RMS of :math:`a`
+    (how consistent gradients are), the cosine between :math:`d` and :math:`-a`, and the log RMS of :math:`d` over
+    that of the parameter; the log RMSs and their difference are divided by 3 and clamped to [-7/3, 1]. Then come
+    :math:`\log t`, over its value at ``max_time``, and the *way*, by which too large steps show:
 
     .. math::
         \tanh\left(\kappa\, \frac{\overline{\langle g,\, \theta_0 - \theta \rangle}}
@@ -127,21 +128,8 @@ class ScheduleFreeRule(UpdateRule):
 
     def __init__(self, config: ScheduleFreeConfig | None = None) -> None:
         super().__init__(config or ScheduleFreeConfig())
-        config = self.config
-        for name in ("momentum_decay", "square_decay", "way_decay", "interpolation"):
-            if not 0.0 <= getattr(config, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
-        positive = ("eps", "way_gain", "usual_scale", "warmup", "nominal_step", "log_step_gain", "log_step_bound")
-        for name in (*positive, "mix_bound", "log_averaging_bound"):
-            if not 0.0 < getattr(config, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
-        if config.eps < 1e-18:
-            raise ValueError(f"eps must be at least 1e-18, below which float32 squares vanish, got {config.eps}")
-        if not 0.0 <= config.averaging_power < math.inf:
-            raise ValueError(f"averaging_power must be finite and not negative, got {config.averaging_power}")
-        if not 1.0 < config.max_time < math.inf:
-            raise ValueError(f"max_time must be above 1 and finite, got {config.max_time}")
-        self.modulator = config.modulator.build(_COORDINATE_FEATURES, _SHARED_FEATURES, outputs=4)
+        _check(self.config)
+        self.modulator = self.config.modulator.build(_COORDINATE_FEATURES, _SHARED_FEATURES, outputs=4)
 
     def state_spec(self) -> dict[str, StateSpec]:
         return {
@@ -268,3 +256,20 @@ class ScheduleFreeRule(UpdateRule):
             square_decay=config.square_decay,
             eps=config.eps,
         )
+
+
+def _check(config: ScheduleFreeConfig) -> None:
+    """Raise ``ValueError`` where a setting is out of range."""
+    for name in ("momentum_decay", "square_decay", "way_decay", "interpolation"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+    positive = ("eps", "way_gain", "usual_scale", "warmup", "nominal_step", "log_step_gain", "log_step_bound")
+    for name in (*positive, "mix_bound", "log_averaging_bound"):
+        if not 0.0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
+    if config.eps < 1e-18:
+        raise ValueError(f"eps must be at least 1e-18, below which float32 squares vanish, got {config.eps}")
+    if not 0.0 <= config.averaging_power < math.inf:
+        raise ValueError(f"averaging_power must be finite and not negative, got {config.averaging_power}")
+    if not 1.0 < config.max_time < math.inf:
+        raise ValueError(f"max_time must be above 1 and finite, got {config.max_time}")

@@ -4,5 +4,5 @@ from learnedopt.kernels.core.registry import register
 from learnedopt.rules import InEigenbases
 
 register(
-    InEigenbases, stepper="learnedopt.kernels.bases.step:step_in_bases", parts="learnedopt.kernels.bases.step:parts"
+    InEigenbases, stepper="learnedopt.kernels.bases.step:step", parts="learnedopt.kernels.bases.step:parts"
 )

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnedopt.kernels.core import blocks
+from learnedopt.kernels.core import blocks, dispatch
 from learnedopt.kernels.core.base import Backend, StepOptions, Tensors
-from learnedopt.kernels.core.dispatch import keep_tensor_state, step
 from learnedopt.kernels.core.state import state_layout
 from learnedopt.rules import InEigenbases, State, UpdateRule
 from learnedopt.rules.coordinates import AGE, Coordinates, GradientSize, as_matrix, next_age
@@ -39,33 +38,37 @@ def parts(rule: InEigenbases) -> tuple[UpdateRule]:
     return (rule.inner,)
 
 
-@torch.compiler.disable(reason="the host decides at which steps bases follow")
-def step_in_bases(backend: Backend, rule: InEigenbases, tensors: Tensors, options: StepOptions) -> None:
-    """As :func:`~learnedopt.kernels.step`, in bases where the states of tensors have any; others are moved as they are.
+def step(backend: Backend, rule: InEigenbases, tensors: Tensors, options: StepOptions) -> None:
+    """As :func:`learnedopt.kernels.step`, in bases where the states of tensors have any; others are moved as they are.
 
     Raises:
         RuntimeError: a CUDA graph is being captured. Nothing has changed.
     """
+    if all(AGE not in state for state in tensors.states):
+        dispatch.step(backend, rule.inner, tensors, options)
+    else:
+        _step_matrices(backend, rule, tensors, options)
+
+
+@torch.compiler.disable(reason="the host decides at which steps bases follow")
+def _step_matrices(backend: Backend, rule: InEigenbases, tensors: Tensors, options: StepOptions) -> None:
     if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a step of this rule cannot be part of a CUDA graph: it turns bases at steps that the host decides on. "
             "Take one whose coordinates stay what they are, such as rule='light'"
         )
     plain = [index for index, state in enumerate(tensors.states) if AGE not in state]
-    if len(plain) == len(tensors.states):
-        step(backend, rule.inner, tensors, options)
-        return
-    if (
-        plain and options.weight_decay
-    ):  # a backend multiplies what it moves, which of those in bases is not the parameter
-        step(backend, rule.inner, tensors.select(plain), options)
+    if plain and options.weight_decay:  # a backend multiplies what it moves: in bases, that is not the parameter
+        dispatch.step(backend, rule.inner, tensors.select(plain), options)
         tensors = tensors.select([index for index, state in enumerate(tensors.states) if AGE in state])
     sizes = [param.numel() + _copied(rule, param, state) for param, state in zip(tensors.params, tensors.states)]
     with _precise_products(tensors.device):
         for indices in blocks.bundles(sizes, AT_ONCE):
             some = tensors.select(indices)
-            in_strips = sum(some.counts) > AT_ONCE and rule.coordinates.cut(some.params[0].shape) is not None
-            (_step_in_strips if in_strips else _step_together)(backend, rule, some, options)
+            if sum(some.counts) > AT_ONCE and rule.coordinates.cut(some.params[0].shape) is not None:
+                _step_in_strips(backend, rule, some, options)
+            else:
+                _step_together(backend, rule, some, options)
 
 
 @contextmanager
@@ -143,7 +146,7 @@ def _step_together(backend: Backend, rule: InEigenbases, tensors: Tensors, optio
     statistics, tensor_state = backend.statistics(rule.inner, given, options.loss)
     # Weight decay is of the parameters as they are, those too that no update reaches.
     backend.update(rule.inner, replace(given, params=moved), statistics, replace(options, weight_decay=0.0))
-    keep_tensor_state(tensors.states, tensor_state, options.skip)
+    dispatch.keep_tensor_state(tensors.states, tensor_state, options.skip)
     for inside in entered:
         inside.leave(rule, options)
 
@@ -196,7 +199,7 @@ def _step_in_strips(backend: Backend, rule: InEigenbases, tensors: Tensors, opti
             if given.states[0][name] is not values:
                 values.copy_(given.states[0][name])
         inside.leave(rule, options)
-    keep_tensor_state([state], tensor_state, options.skip)
+    dispatch.keep_tensor_state([state], tensor_state, options.skip)
     if matrix.data_ptr() != param.data_ptr():
         param.copy_(matrix.view(param.shape))
 
