@@ -6,8 +6,6 @@ An entry is a folder of three files:
   weights and settings cannot drift apart unnoticed.
 * ``config.json``: name, description, those settings, the sha256 of the weights, and how they were made.
 * ``card.md``: for people. What it is good at and where it fails.
-
-The entries that come with the package need no download.
 """
 
 from __future__ import annotations
@@ -70,18 +68,12 @@ class EntryKind(Generic[Settings]):
     parse: Callable[[Any], Settings]
     """Settings from JSON: from the value of the key in ``settings``, or from a dictionary where there are several.
     Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``RuntimeError`` for those that nothing can be built from."""
-    folder: str = ""
-    """Where those that come with the package are, within the zoo's folder."""
-
-    def root(self) -> Path:
-        """The folder of the entries that come with the package: inside it, or beside it in a checkout."""
-        package = Path(__file__).resolve().parent
-        installed = package / "zoo"
-        return (installed if installed.is_dir() else package.parent / "zoo") / self.folder
+    folder: Callable[[], Path]
+    """Where those that come with the package are."""
 
     def names(self) -> list[str]:
         """Of the entries that come with the package, in alphabetical order."""
-        return sorted(path.parent.name for path in self.root().glob(f"*/{CONFIG}"))
+        return sorted(path.parent.name for path in self.folder().glob(f"*/{CONFIG}"))
 
     def read(self, name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Any], Settings, dict[str, Any]]:
         """The fields of an :class:`Entry`, the settings, and how the weights were made.
@@ -174,7 +166,7 @@ class EntryKind(Generic[Settings]):
         name, known, (one, several) = os.fspath(name_or_path), self.names(), self.called
         is_folder = not isinstance(name_or_path, str) or os.sep in name or "/" in name
         if name in known and not is_folder:
-            return self.root() / name
+            return self.folder() / name
         if Path(name).is_dir():
             return Path(name)
         if is_folder:

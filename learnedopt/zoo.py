@@ -125,6 +125,13 @@ def rule_fingerprint(rule: UpdateRule) -> str:
     return digest.hexdigest()
 
 
+def root() -> Path:
+    """The zoo's folder: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "zoo"
+    return installed if installed.is_dir() else package.parent / "zoo"
+
+
 def _blank(config: RuleConfig | Mapping[str, Any]) -> UpdateRule:
     """The rule of this configuration, its tensors on the meta device: names and shapes, no memory and no values."""
     with torch.device("meta"):
@@ -132,5 +139,5 @@ def _blank(config: RuleConfig | Mapping[str, Any]) -> UpdateRule:
 
 
 _RULES = EntryKind(
-    "rule", ("entry", "entries"), ("rule",), history="meta_training", parse=lambda values: _blank(values).config
+    "rule", ("entry", "entries"), ("rule",), "meta_training", lambda values: _blank(values).config, lambda: root()
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from learnedopt import zoo
 from learnedopt.fewshot.backbones import BACKBONES, BackboneConfig
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
 from learnedopt.fewshot.learners import LEARNERS
@@ -119,5 +120,10 @@ def _parse(values: Mapping[str, Any]) -> Settings:
 
 
 _LEARNERS = EntryKind(
-    "learner", ("learner", "learners"), ("learner", "backbone", "shape"), "training", parse=_parse, folder="fewshot"
+    "learner",
+    ("learner", "learners"),
+    ("learner", "backbone", "shape"),
+    "training",
+    _parse,
+    lambda: zoo.root() / "fewshot",
 )
