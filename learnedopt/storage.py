@@ -26,7 +26,7 @@ from torch import Tensor
 
 FORMAT_VERSION = 1
 _TEXTS = ("name", "description", "sha256")
-WEIGHTS, CONFIG, CARD = "weights.safetensors", "config.json", "card.md"
+_FILES = WEIGHTS, CONFIG, CARD = "weights.safetensors", "config.json", "card.md"
 Settings = TypeVar("Settings")
 Load = Callable[[Path], object]
 
@@ -134,9 +134,7 @@ class EntryKind(Generic[Settings]):
             raise ZooError(f"an entry's name is one word without path separators, got {name!r}")
         if not description.strip() or "\n" in description:
             raise ZooError(f"an entry's description is one line, got {description!r}")
-        if folder.exists() and not (
-            folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG, CARD}
-        ):
+        if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {*_FILES}):
             raise ZooError(f"{folder} exists and is not a zoo entry: choose another folder")
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
         if broken := _not_finite(tensors):
@@ -202,9 +200,8 @@ class EntryKind(Generic[Settings]):
 
     def _described(self, values: Mapping[str, Any]) -> Any:
         """What :attr:`parse` takes, and the weights' metadata repeat."""
-        if len(self.settings) == 1:
-            return values[self.settings[0]]
-        return {key: values[key] for key in self.settings}
+        chosen = {key: values[key] for key in self.settings}
+        return chosen if len(chosen) > 1 else chosen[self.settings[0]]
 
     def _parsed(self, described: Any, file: Path) -> Settings:
         try:

@@ -17,8 +17,6 @@ from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
 from learnedopt.fewshot.learners import LEARNERS
 from learnedopt.storage import WEIGHTS, Entry, EntryKind, ZooError, check_tensors
 
-Settings = tuple[LearnerConfig, BackboneConfig, LearnerShape]
-
 
 @dataclass(frozen=True)
 class LearnerEntry(Entry):
@@ -113,7 +111,7 @@ def check_known(learner: LearnerConfig, backbone: BackboneConfig) -> None:
             )
 
 
-def _parse(values: Mapping[str, Any]) -> Settings:
+def _parse(values: Mapping[str, Any]) -> tuple[LearnerConfig, BackboneConfig, LearnerShape]:
     learner = LEARNERS[values["learner"]["kind"]].from_dict(values["learner"])
     backbone = BACKBONES[values["backbone"]["kind"]].from_dict(values["backbone"])
     return learner, backbone, LearnerShape(**values["shape"])
