@@ -6,8 +6,6 @@ An entry is a folder of three files:
   weights and settings cannot drift apart unnoticed.
 * ``config.json``: name, description, those settings, the sha256 of the weights, and how they were made.
 * ``card.md``: for people. What it is good at and where it fails.
-
-The entries that come with the package need no download.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from torch import Tensor
 
 FORMAT_VERSION = 1
 _TEXTS = ("name", "description", "sha256")
-WEIGHTS, CONFIG, CARD = "weights.safetensors", "config.json", "card.md"
+_FILES = WEIGHTS, CONFIG, CARD = "weights.safetensors", "config.json", "card.md"
 Settings = TypeVar("Settings")
 Load = Callable[[Path], object]
 
@@ -70,20 +68,14 @@ class EntryKind(Generic[Settings]):
     parse: Callable[[Any], Settings]
     """Settings from JSON: from the value of the key in ``settings``, or from a dictionary where there are several.
     Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``RuntimeError`` for those that nothing can be built from."""
+    folder: Callable[[], Path]
+    """Where those that come with the package are."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of entries that come with the package."""
-    folder: str = ""
-    """Where those that come with the package are, within the zoo's folder."""
-
-    def root(self) -> Path:
-        """The folder of the entries that come with the package: inside it, or beside it in a checkout."""
-        package = Path(__file__).resolve().parent
-        installed = package / "zoo"
-        return (installed if installed.is_dir() else package.parent / "zoo") / self.folder
+    """Other names of these."""
 
     def names(self) -> list[str]:
         """Of the entries that come with the package, in alphabetical order."""
-        return sorted(path.parent.name for path in self.root().glob(f"*/{CONFIG}"))
+        return sorted(path.parent.name for path in self.folder().glob(f"*/{CONFIG}"))
 
     def read(self, name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Any], Settings, dict[str, Any]]:
         """The fields of an :class:`Entry`, the settings, and how the weights were made.
@@ -144,9 +136,7 @@ class EntryKind(Generic[Settings]):
             raise ZooError(f"an entry's name is one word without path separators, got {name!r}")
         if not description.strip() or "\n" in description:
             raise ZooError(f"an entry's description is one line, got {description!r}")
-        if folder.exists() and not (
-            folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG, CARD}
-        ):
+        if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {*_FILES}):
             raise ZooError(f"{folder} exists and is not a zoo entry: choose another folder")
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
         if broken := _not_finite(tensors):
@@ -176,7 +166,7 @@ class EntryKind(Generic[Settings]):
         name, known, (one, several) = os.fspath(name_or_path), self.names(), self.called
         is_folder = not isinstance(name_or_path, str) or os.sep in name or "/" in name
         if not is_folder and (found := name if name in known else self.aliases.get(name)) in known:
-            return self.root() / found
+            return self.folder() / found
         if Path(name).is_dir():
             return Path(name)
         if is_folder:
@@ -212,9 +202,8 @@ class EntryKind(Generic[Settings]):
 
     def _described(self, values: Mapping[str, Any]) -> Any:
         """What :attr:`parse` takes, and the weights' metadata repeat."""
-        if len(self.settings) == 1:
-            return values[self.settings[0]]
-        return {key: values[key] for key in self.settings}
+        chosen = {key: values[key] for key in self.settings}
+        return chosen if len(chosen) > 1 else chosen[self.settings[0]]
 
     def _parsed(self, described: Any, file: Path) -> Settings:
         try:

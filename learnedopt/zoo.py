@@ -137,6 +137,13 @@ def _fingerprint(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> st
     return digest.hexdigest()
 
 
+def root() -> Path:
+    """The zoo's folder: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "zoo"
+    return installed if installed.is_dir() else package.parent / "zoo"
+
+
 def _blank(config: RuleConfig | Mapping[str, Any]) -> UpdateRule:
     """The rule of this configuration, its tensors on the meta device: names and shapes, no memory and no values."""
     with torch.device("meta"):
@@ -152,5 +159,6 @@ _RULES = EntryKind(
     ("rule",),
     history="meta_training",
     parse=lambda values: _blank(modern_config(values)).config,
+    folder=lambda: root(),
     aliases=ALIASES,
 )

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learnedopt import storage
+from learnedopt import zoo
 from learnedopt.meta import start_episode, unroll
 from learnedopt.rules import (
     AdamLSTMConfig,
@@ -96,7 +96,7 @@ def entry(rule: UpdateRule, tmp_path: Path) -> ZooEntry:
 def shipped(rule: UpdateRule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A zoo of two entries inside an installed package; returns its folder."""
     package = tmp_path / "site-packages" / "learnedopt"
-    monkeypatch.setattr(storage, "__file__", str(package / "storage.py"))
+    monkeypatch.setattr(zoo, "__file__", str(package / "zoo.py"))
     for name in ("quadratic", "default"):
         save(rule, package / "zoo" / name)
     return package / "zoo"

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
+from learnedopt import zoo
 from learnedopt.fewshot.backbones import BACKBONES, BackboneConfig
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
 from learnedopt.fewshot.learners import LEARNERS
 from learnedopt.storage import WEIGHTS, Entry, EntryKind, ZooError, check_tensors
-
-Settings = tuple[LearnerConfig, BackboneConfig, LearnerShape]
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,17 @@ def check_known(learner: LearnerConfig, backbone: BackboneConfig) -> None:
             )
 
 
-def _parse(values: Mapping[str, Any]) -> Settings:
+def _parse(values: Mapping[str, Any]) -> tuple[LearnerConfig, BackboneConfig, LearnerShape]:
     learner = LEARNERS[values["learner"]["kind"]].from_dict(values["learner"])
     backbone = BACKBONES[values["backbone"]["kind"]].from_dict(values["backbone"])
     return learner, backbone, LearnerShape(**values["shape"])
 
 
 _LEARNERS = EntryKind(
-    "learner", ("learner", "learners"), ("learner", "backbone", "shape"), "training", parse=_parse, folder="fewshot"
+    "learner",
+    ("learner", "learners"),
+    ("learner", "backbone", "shape"),
+    "training",
+    _parse,
+    lambda: zoo.root() / "fewshot",
 )

@@ -42,6 +42,11 @@ def generator(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
 
 
+def images(count: int, seed: int = 0) -> Tensor:
+    """Noise of two channels, in float64."""
+    return torch.randn(count, 2, 4, 4, generator=generator(seed), dtype=torch.float64)
+
+
 def backbone(batch_norm: bool = True) -> nn.Module:
     module = Smooth(batch_norm).double()
     draws = generator(1)

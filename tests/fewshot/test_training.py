@@ -447,6 +447,13 @@ def test_a_damaged_entry_is_refused(tmp_path: Path) -> None:
         load_learner(tmp_path / "x")
     with pytest.raises(ZooError, match="no learner 'nothing'"):
         load_learner("nothing")
+    with pytest.raises(ZooError, match=r"no learner 'omniglot-finetuned'.* Did you mean 'omniglot-finetune'\?"):
+        load_learner("omniglot-finetuned")
+    with pytest.raises(ZooError, match=r"there is no folder '\./nothing'"):
+        load_learner("./nothing")
+    (tmp_path / "x" / "card.md").unlink()
+    with pytest.raises(ZooError, match=r"cannot read .*card\.md"):
+        _ = entry.card
     with torch.no_grad():
         next(learner.parameters()).fill_(math.nan)
     with pytest.raises(ZooError, match="not finite"):
