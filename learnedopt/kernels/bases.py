@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnedopt.kernels import blocks
-from learnedopt.kernels.base import Backend, Tensors
-from learnedopt.kernels.dispatch import keep_tensor_state, step
-from learnedopt.kernels.state import state_layout
+from learnedopt.kernels.core import blocks
+from learnedopt.kernels.core.base import Backend, StepOptions, Tensors
+from learnedopt.kernels.core.dispatch import keep_tensor_state, step
+from learnedopt.kernels.core.state import state_layout
 from learnedopt.rules import EigenbasisRule, State, UpdateRule
 from learnedopt.rules.eigenbasis import Bases, GradientSize, above_rounding, as_matrix
 from learnedopt.rules.moments import in_range
@@ -48,7 +48,7 @@ def step_in_bases(
     loss: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """As :func:`~learnedopt.kernels.dispatch.step`, in the bases of those tensors that have any.
+    """As :func:`~learnedopt.kernels.step`, in the bases of those tensors that have any.
 
     Their states have, beside what backends know of, the rule's matrices and :data:`AGE`. Others are moved as they are.
 
@@ -77,7 +77,7 @@ def step_in_bases(
         plain = [index for index, state in enumerate(tensors.states) if AGE not in state]
         inside = [index for index, state in enumerate(tensors.states) if AGE in state]
         if plain:
-            step(backend, rule.inner, tensors.select(plain), lr=lr, weight_decay=weight_decay, loss=loss, skip=skip)
+            step(backend, rule.inner, tensors.select(plain), StepOptions(lr, weight_decay, loss, skip))
             if not inside:
                 return
             tensors = tensors.select(inside)
@@ -146,10 +146,8 @@ def _step_together(
         backend,
         rule.inner,
         replace(tensors, params=params, grads=grads, together=tensors.num_together),
-        lr=lr,
-        weight_decay=0.0,  # which is of the parameters as they are, those too that no update reaches
-        loss=loss,
-        skip=skip,
+        # Without decay, which is of the parameters as they are, those too that no update reaches.
+        StepOptions(lr, 0.0, loss, skip),
     )
     grads.clear()  # to have room for what is taken back
     for here, originals, before, after in entered:
@@ -207,7 +205,7 @@ def _step_in_strips(
     for _, _, _, given in entered():
         statistics, tensor_state = backend.statistics(rule.inner, given, loss)
     for strip, before, piece, given in entered():
-        backend.update(rule.inner, given, statistics, lr=lr, weight_decay=0.0, skip=skip)
+        backend.update(rule.inner, given, statistics, StepOptions(lr, 0.0, loss, skip))
         for name, values in piece.items():
             if given.states[0][name] is not values:
                 values.copy_(given.states[0][name])

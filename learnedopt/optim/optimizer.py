@@ -20,6 +20,7 @@ from learnedopt.kernels import (
     Case,
     ReferenceBackend,
     StateDtype,
+    StepOptions,
     StoredSpec,
     Tensors,
     check_name,
@@ -100,7 +101,7 @@ class LearnedOptimizer(Optimizer):
         maximize: Give the rule the negative gradient.
         nonfinite: What to do about gradients that are not finite: ``"propagate"``, ``"skip"`` or ``"raise"``.
         state_dtype: How state is kept between steps: ``torch.float32`` (or wider, see above), ``torch.bfloat16``, or
-            ``torch.int8``, which means eight bits for hidden states and ten for cells; :mod:`learnedopt.kernels.state`
+            ``torch.int8``, which means eight bits for hidden states and ten for cells; :mod:`learnedopt.kernels.core.state`
             says how and what of it. In the groups it is its name.
         backend: What computes the step: ``"auto"``, the fastest that can serve and needs no compiling first, or one
             asked for by name: ``"reference"``, ``"blocked"``, ``"native"`` or ``"triton"``. They agree up to
@@ -341,7 +342,8 @@ class LearnedOptimizer(Optimizer):
         places = []
         for param in group["params"]:
             device, dtype = param.device, self._rules.dtype(sha256, param.dtype.to_real())
-            rule = self._rules.placed(sha256, device, dtype).rule_for(param.dim())
+            rule = self._rules.placed(sha256, device, dtype)
+            rule = rule.inner if isinstance(rule, EigenbasisRule) else rule
             places.append((Case(rule, device, dtype, group["state_dtype"]), _mesh(spread(param))))
         return list(dict.fromkeys(places))
 
@@ -473,7 +475,8 @@ class LearnedOptimizer(Optimizer):
             dtype = self._rules.dtype(sha256, value.dtype)
             whole_rule = self._rules.placed(sha256, value.device, dtype)
             has_bases = bool(whole_rule.matrices(value.shape))
-            rule = whole_rule if has_bases else whole_rule.rule_for(param.dim())
+            inner = whole_rule.inner if isinstance(whole_rule, EigenbasisRule) else whole_rule
+            rule = whole_rule if has_bases else inner
             state = self.state[param]
             if not state:
                 state.update(_init_state(whole_rule, value, dtype, group["state_dtype"]))
@@ -504,19 +507,19 @@ class LearnedOptimizer(Optimizer):
                 maximize=group["maximize"],
                 together=together,
             )
-            served = rule.rule_for(params[0].dim())
+            served = rule.inner if isinstance(rule, EigenbasisRule) else rule
             backend = self._agree(Case(served, device, dtype, group["state_dtype"]), _mesh(layout))
-            take = step_in_bases if has_bases else step
+            options = StepOptions(
+                lr=_sent(lr.reshape(()), device, dtype) if isinstance(lr, Tensor) else lr,
+                weight_decay=group["weight_decay"],
+                loss=given,
+                skip=None if skip is None else _sent(skip, device),
+            )
             with _without_autocast(device):
-                take(
-                    backend,
-                    rule,
-                    tensors,
-                    lr=_sent(lr.reshape(()), device, dtype) if isinstance(lr, Tensor) else lr,
-                    weight_decay=group["weight_decay"],
-                    loss=given,
-                    skip=None if skip is None else _sent(skip, device),
-                )
+                if has_bases:
+                    step_in_bases(backend, rule, tensors, **vars(options))
+                else:
+                    step(backend, rule, tensors, options)
                 if has_bases:
                     for param, moved in zip(params, tensors.params):
                         keep_whole(param, moved)
@@ -524,19 +527,24 @@ class LearnedOptimizer(Optimizer):
 
 def _init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype: StateDtype) -> State:
     layout, matrices = state_layout(rule, dtype, state_dtype), initial_matrices(rule, param, dtype)
+    start = {
+        name: param.detach().to(spec.dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, spec in layout.items()
+        if spec.starts_at == "param"
+    }
     if matrices:
         # Every process has all of it, see _update_group.
         shapes = _state_shapes(rule, layout, param)
         zeros = {
             name: torch.zeros(shapes[name], dtype=spec.dtype, device=param.device) for name, spec in layout.items()
         }
-        return {**matrices, **zeros}
+        return {**matrices, **zeros, **start}
     return {
         name: zeros_beside(param, spec.shape, spec.dtype)
         if spec.scope == "coordinate"
         else torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
         for name, spec in layout.items()
-    }
+    } | start
 
 
 @torch.no_grad()
