@@ -101,8 +101,8 @@ class LearnedOptimizer(Optimizer):
         maximize: Give the rule the negative gradient.
         nonfinite: What to do about gradients that are not finite: ``"propagate"``, ``"skip"`` or ``"raise"``.
         state_dtype: How state is kept between steps: ``torch.float32`` (or wider, see above), ``torch.bfloat16``, or
-            ``torch.int8``, which means eight bits for hidden states and ten for cells; :mod:`learnedopt.kernels.core.state`
-            says how and what of it. In the groups it is its name.
+            ``torch.int8``, which means eight bits for hidden states and ten for cells;
+            :mod:`learnedopt.kernels.core.state` says how and what of it. In the groups it is its name.
         backend: What computes the step: ``"auto"``, the fastest that can serve and needs no compiling first, or one
             asked for by name: ``"reference"``, ``"blocked"``, ``"native"`` or ``"triton"``. They agree up to
             rounding. Of the optimizer, not of its groups or its ``state_dict``.

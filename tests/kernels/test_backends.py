@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import AGE, BackendName, Case, blocks, choose, get_backend, read_state, state_layout
-from learnedopt.kernels.workspace import BLOCKS
+from learnedopt.kernels import AGE, BackendName, Case, choose, get_backend, read_state, refusal, state_layout
+from learnedopt.kernels.core import blocks
+from learnedopt.kernels.core.workspace import BLOCKS
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
@@ -83,7 +84,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def skip_unless_served(backend: BackendName, case: Case) -> None:
     chosen = get_backend(backend)
-    if reason := chosen.refusal(replace(case, rule=case.rule.rule_for(2))):
+    rule = case.rule.inner if isinstance(case.rule, EigenbasisRule) else case.rule
+    if reason := refusal(chosen, replace(case, rule=rule)):
         pytest.skip(f"{backend}: {reason}")
     try:
         chosen.prepare()

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from benchmarks.step_cost import extra_memory
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import AGE, Tensors, bases
-from learnedopt.kernels.choice import get_backend
+from learnedopt.kernels import AGE, Tensors, bases, get_backend
 from learnedopt.rules import EigenbasisConfig, EigenbasisRule, LSTMRule, ScheduleFreeLSTMRule, Segments, State
 from learnedopt.rules.eigenbasis import Bases, GradientSize
 from tests.optim.reference import draw_grads, same_bits, snapshot, trained

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learnedopt.kernels import StateDtype, keep_state, read_state, state_layout
-from learnedopt.kernels.state import CODES, FINE_CODES, decode, encode
+from learnedopt.kernels.core.state import CODES, FINE_CODES, decode, encode
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,

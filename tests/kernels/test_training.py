@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from learnedopt.kernels import extension
-from learnedopt.kernels.training import NativeLSTM, fused
+from learnedopt.kernels.core import extension
+from learnedopt.kernels.lstm_training import NativeLSTM, fused
 from learnedopt.meta import start_episode, unroll
 from learnedopt.rules import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule, UpdateRule
 from learnedopt.rules.recurrent import CoordinatewiseLSTM

@@ -177,7 +177,14 @@ class ReferenceLoop:
         self.dtype = torch.promote_types(torch.float32, params[0].dtype)
         self.rule = rule.to(self.dtype)
         self.params = [param.detach().clone() for param in params]
-        self.states = [rule.init_state(Segments([param.numel()], shapes=[param.shape]), self.dtype) for param in params]
+        self.states = [
+            rule.init_state(
+                Segments([param.numel()], shapes=[param.shape]),
+                self.dtype,
+                param=param.detach().to(self.dtype).flatten(),
+            )
+            for param in params
+        ]
 
     @torch.no_grad()
     def step(self, grads: list[Tensor], loss: float, lr: float = 1.0, weight_decay: float = 0.0) -> None:

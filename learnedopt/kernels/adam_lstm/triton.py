@@ -22,8 +22,10 @@ _SLOW_SQUARE = tl.constexpr(int(Mean.SLOW_SQUARE))
 
 
 @triton.jit
-def _directions(tensors, tensor, at, size, grad, statistics, num_tensors, fast_decay, slow_decay, square_decay, eps):
+def _directions(where, grad, statistics, averaging):
     """New moments, and both momenta and the gradient over the running RMS."""
+    tensors, tensor, num_tensors, at, size = where
+    fast_decay, slow_decay, square_decay, eps = averaging
     fast = core.load(core.numbers(tensors, tensor, 0), at, size)
     slow = core.load(core.numbers(tensors, tensor, 1), at, size)
     square = core.load(core.numbers(tensors, tensor, 2), at, size)
@@ -40,78 +42,36 @@ def _directions(tensors, tensor, at, size, grad, statistics, num_tensors, fast_d
 
 @triton.jit
 def step_kernel(
-    tensors,
-    chunks,
-    statistics,
-    num_tensors,
-    lr_at,
-    lr_value,
-    weight_decay,
-    skip_at,
-    features,
-    recurrent,
-    below,
-    biases,
-    readout,
-    fast_decay,
-    slow_decay,
-    square_decay,
-    eps,
-    nominal_step,
-    log_step_gain,
-    log_step_bound,
-    mix_bound,
-    MAXIMIZE: tl.constexpr,
-    LR_IN_MEMORY: tl.constexpr,
-    SKIP: tl.constexpr,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    STATE: tl.constexpr,
-    LAYERS: tl.constexpr,
-    UNITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tensors, chunks, statistics, num_tensors, lr_at, lr_value, weight_decay, skip_at,
+    features, recurrent, below, biases, readout,
+    fast_decay, slow_decay, square_decay, eps, nominal_step, log_step_gain, log_step_bound, mix_bound,
+    MAXIMIZE: tl.constexpr, LR_IN_MEMORY: tl.constexpr, SKIP: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    LAYERS: tl.constexpr, UNITS: tl.constexpr, PADDED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One step. ``readout`` is ``(3, PADDED + 1)``."""
     tensor, first, size = core.place(tensors, chunks)
     size = core.unless_skipped(size, skip_at, SKIP)
+    weights = (features, recurrent, below, biases)
     lr = core.rate(lr_at, lr_value, LR_IN_MEMORY)
     params = core.address(tensors, tensor, core.PARAM_FIELD, PARAM)
     grads = core.address(tensors, tensor, core.GRAD_FIELD, GRAD)
+    averaging = (fast_decay, slow_decay, square_decay, eps)
     for start in range(0, tl.minimum(size - first, CHUNK), BLOCK):
         at = first + start + tl.arange(0, BLOCK)
+        where = (tensors, tensor, num_tensors, at, size)
         here = at < size
         grad = core.load_grad(grads, at, size, MAXIMIZE)
         param = core.load(params, at, size)
-        fast, slow, square, a, b, g = _directions(
-            tensors, tensor, at, size, grad, statistics, num_tensors, fast_decay, slow_decay, square_decay, eps
-        )
+        fast, slow, square, a, b, g = _directions(where, grad, statistics, averaging)
         tl.store(core.numbers(tensors, tensor, 0) + at, fast, mask=here)
         tl.store(core.numbers(tensors, tensor, 1) + at, slow, mask=here)
         tl.store(core.numbers(tensors, tensor, 2) + at, square, mask=here)
         top = tl.zeros((PADDED, BLOCK), dtype=tl.float32)
+        own = (a, b, g, tl.abs(a), tl.abs(b))
         top = core.lstm(
-            tensors,
-            tensor,
-            at,
-            size,
-            (a, b, g, tl.abs(a), tl.abs(b)),
-            statistics,
-            num_tensors,
-            top,
-            features,
-            recurrent,
-            below,
-            biases,
-            _FEATURES,
-            _SHARED,
-            False,
-            STATE,
-            LAYERS,
-            UNITS,
-            PADDED,
-            BLOCK,
+            where, own, top, statistics, weights, _FEATURES, _SHARED, False, STATE, LAYERS, UNITS, PADDED, BLOCK
         )
         row: tl.constexpr = PADDED + 1
         out0 = core.of_units(readout, readout + PADDED, top, PADDED, LAYERS)
@@ -125,29 +85,16 @@ def step_kernel(
 
 @triton.jit
 def sums_kernel(
-    tensors,
-    chunks,
-    corrections,
-    num_tensors,
-    sums,
-    fast_decay,
-    slow_decay,
-    square_decay,
-    eps,
-    MAXIMIZE: tl.constexpr,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    OWN_GRAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    tensors, chunks, corrections, num_tensors, sums, fast_decay, slow_decay, square_decay, eps,
+    MAXIMIZE: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, OWN_GRAD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """What the rule takes the means of, added up over each chunk: ``sums (chunks, means)``."""
     tensor, first, size = core.place(tensors, chunks)
     at = first + tl.arange(0, CHUNK)
+    where, averaging = (tensors, tensor, num_tensors, at, size), (fast_decay, slow_decay, square_decay, eps)
     param = core.load(core.address(tensors, tensor, core.PARAM_FIELD, PARAM), at, size)
     grad = core.load_grad(core.address(tensors, tensor, core.GRAD_FIELD, GRAD), at, size, MAXIMIZE)
-    _, _, _, a, b, g = _directions(
-        tensors, tensor, at, size, grad, corrections, num_tensors, fast_decay, slow_decay, square_decay, eps
-    )
+    _, _, _, a, b, g = _directions(where, grad, corrections, averaging)
     to = sums + _MEANS * tl.program_id(0)
     tl.store(to + _PARAM_SQUARE, tl.sum(param * param, axis=0))
     tl.store(to + _FAST_GRAD, tl.sum(a * g, axis=0))

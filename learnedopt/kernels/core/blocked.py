@@ -87,8 +87,8 @@ class Program(ABC):
         sizes = [param.numel() for param in tensors.params]
         for bundle in blocks.bundles([views[0].numel() for _, views, _ in pieces], self._sizes.block):
             parts = [
-                Part(index, *views, start, sizes[index], tensors.states[index])
-                for index, views, start in (pieces[i] for i in bundle)
+                Part(index, param, grad, own_grad, start, sizes[index], tensors.states[index])
+                for index, (param, grad, own_grad), start in (pieces[i] for i in bundle)
             ]
             views = WORKSPACE.views(self._sizes, self._dtype, sum(part.param.numel() for part in parts))
             yield Block(parts, views, self._layers, tensors.maximize)
@@ -97,8 +97,8 @@ class Program(ABC):
 class Part(NamedTuple):
     """A stretch of one tensor's coordinates, and the state of the whole tensor."""
 
-    index: int
-    """Which of the step's tensors."""
+    tensor: int
+    """Which of the step's."""
     param: Tensor
     grad: Tensor
     own_grad: Tensor
@@ -176,14 +176,14 @@ class Block:
 
     def of_tensors(self, columns: Tensor, room: Tensor) -> Tensor:
         """Numbers of each tensor, ``(K, S)``, for each coordinate: ``(K, n)``, or ``(K, 1)`` if all are alike."""
-        own = [columns.narrow(1, part.index, 1) for part in self.parts]
+        own = [columns.narrow(1, part.tensor, 1) for part in self.parts]
         if len(own) == 1:
             return own[0]
         return torch.cat([column.expand(-1, count) for column, count in zip(own, self._counts)], dim=1, out=room)
 
     def add_to(self, values: Tensor, sums: Tensor) -> None:
         """Add values ``(K, n)`` up over each tensor, ``(K, S)``."""
-        indices = torch.tensor([part.index for part in self.parts])
+        indices = torch.tensor([part.tensor for part in self.parts])
         sums.index_add_(1, indices, torch.stack([chunk.sum(1) for chunk in self._chunks(values)], dim=1))
 
     def _chunks(self, values: Tensor) -> Sequence[Tensor]:

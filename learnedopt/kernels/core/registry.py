@@ -28,6 +28,7 @@ class Composite:
 _PROGRAMS: dict[str, dict[type[UpdateRule], Any]] = {"triton": {}, "native": {}, "blocked": {}}
 """By backend and exact type, the class of the program: itself, or the name it is imported by when it is first used."""
 _COMPOSITES: dict[type[UpdateRule], tuple[Stepper | str, Parts | str] | Composite] = {}
+"""By class, how it is taken apart, or what that is imported by."""
 _READY: dict[str, WeakKeyDictionary[UpdateRule, Any]] = {name: WeakKeyDictionary() for name in _PROGRAMS}
 
 
@@ -78,7 +79,7 @@ def program_class(backend: str, rule: UpdateRule) -> Any | None:
     programs = _PROGRAMS[backend]
     found = programs.get(type(rule))
     if isinstance(found, str):
-        found = programs[type(rule)] = pkgutil.resolve_name(found)
+        found = programs[type(rule)] = _resolved(found)
     return found
 
 
@@ -109,10 +110,14 @@ def composite(rule: UpdateRule) -> Composite | None:
         if found is None:
             continue
         if not isinstance(found, Composite):
-            step, parts = (pkgutil.resolve_name(x) if isinstance(x, str) else x for x in found)
-            found = _COMPOSITES[kind] = Composite(step, parts)
+            step, parts = found
+            found = _COMPOSITES[kind] = Composite(_resolved(step), _resolved(parts))
         return found
     return None
+
+
+def _resolved(named: Any) -> Any:
+    return pkgutil.resolve_name(named) if isinstance(named, str) else named
 
 
 def whole_parts(rule: UpdateRule) -> Iterator[UpdateRule]:

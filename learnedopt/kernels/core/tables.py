@@ -74,10 +74,10 @@ class Work:
             rows.append((*row, *[0] * (_WIDTH - len(row))))
         stream = torch.cuda.current_stream(tensors.device).cuda_stream if tensors.device.type == "cuda" else 0
         self.table = _TABLES.on_device(tuple(rows), tensors.device, stream)
-        own = self._own_grads or [None] * len(rows)
+        own_grads: Sequence[Tensor | None] = self._own_grads or [None] * len(rows)
         dtypes = tuple(
-            tuple(None if tensor is None else tensor.dtype for tensor in together)
-            for together in zip(self._dense, self._grads, own)
+            (param.dtype, grad.dtype, None if own is None else own.dtype)
+            for param, grad, own in zip(self._dense, self._grads, own_grads)
         )
         self.launches = _launches(tuple(param.numel() for param in self._dense), dtypes, tensors.device, chunk)
 

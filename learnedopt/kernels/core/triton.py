@@ -129,11 +129,19 @@ def log_sign(x, p):
 
 
 @triton.jit
-def adam_directions(grad, momentum, square, correction0, correction1, decay0, decay1, rest0, rest1, eps):
-    """New moments, and the momentum and the gradient over the running RMS; ``rest`` is one minus ``decay``."""
+def adam_directions(where, grad, statistics, MOMENTUM: tl.constexpr, SQUARE: tl.constexpr, averaging):
+    """New moments, and the momentum and the gradient over the running RMS.
+
+    The moments are the first two numbers of the state, and their corrections are in two rows of the statistics;
+    ``averaging`` has both decays, one minus them, and ``eps``.
+    """
+    tensors, tensor, num_tensors, at, size = where
+    decay0, decay1, rest0, rest1, eps = averaging
     grad = within(grad, 9.223371873002223e18)  # half the root of the largest float32
-    momentum = decay0 * momentum + rest0 * grad
-    square = decay1 * square + rest1 * (grad * grad)
+    momentum = decay0 * load(numbers(tensors, tensor, 0), at, size) + rest0 * grad
+    square = decay1 * load(numbers(tensors, tensor, 1), at, size) + rest1 * (grad * grad)
+    correction0 = of_tensor(statistics, MOMENTUM, num_tensors, tensor)
+    correction1 = of_tensor(statistics, SQUARE, num_tensors, tensor)
     rms = tl.sqrt(at_least(square * correction1, 1.1754943508222875e-38)) + eps
     return momentum, square, momentum * correction0 / rms, grad / rms
 
@@ -173,17 +181,9 @@ def _load_units(
 
 @triton.jit
 def _store_units(
-    values,
-    lows,
-    scales,
-    at,
-    size,
-    x,
-    layer: tl.constexpr,
-    UNITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    STATE: tl.constexpr,
-):
+    values, lows, scales, at, size, x, layer: tl.constexpr,
+    UNITS: tl.constexpr, PADDED: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
     units, here = tl.arange(0, PADDED), at < size
     inside = (units < UNITS)[:, None] & here[None, :]
     values += (layer * UNITS + units)[:, None] * size + at[None, :]
@@ -227,34 +227,19 @@ def _product(weights, rest: tl.constexpr, high, low, z):
 
 @triton.jit
 def lstm(
-    tensors,
-    tensor,
-    at,
-    size,
-    own,
-    statistics,
-    num_tensors,
-    top,
-    features,
-    recurrent,
-    below,
-    biases,
-    FIRST: tl.constexpr,
-    SHARED: tl.constexpr,
-    FROM_TOP: tl.constexpr,
-    STATE: tl.constexpr,
-    LAYERS: tl.constexpr,
-    UNITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Advance all layers; returns the last one's units, ``(PADDED, BLOCK)``.
+    where, own, top, statistics, weights,
+    FIRST: tl.constexpr, SHARED: tl.constexpr, FROM_TOP: tl.constexpr, STATE: tl.constexpr,
+    LAYERS: tl.constexpr, UNITS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Advance all layers at some coordinates; returns the last one's units, ``(PADDED, BLOCK)``.
 
     The first layer's features are the rows ``own``, and ``SHARED`` rows of the statistics from ``FIRST`` on; or ``top``
-    where it is ``FROM_TOP``. Weights are ``features (4, own + shared, PADDED)``, ``recurrent (2, LAYERS, 4, PADDED,
+    where it is ``FROM_TOP``. The weights are ``features (4, own + shared, PADDED)``, ``recurrent (2, LAYERS, 4, PADDED,
     PADDED)`` in two float16 each, ``below`` the same for the layers above the first, and for that too where it is
     ``FROM_TOP``, and ``biases (LAYERS, 4, PADDED)``. Gates are in the order of the rule: input, forget, cell, output.
     """
+    tensors, tensor, num_tensors, at, size = where
+    features, recurrent, below, biases = weights
     hs, cs = address(tensors, tensor, _H, STATE), address(tensors, tensor, _C, STATE)
     c_lows = address(tensors, tensor, _C_LOW, tl.uint8)
     h_scales = address(tensors, tensor, _H_SCALE, tl.bfloat16)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from learnedopt.kernels.core import registry
 from learnedopt.kernels.core.base import Backend, Case, StepOptions, Tensors
-from learnedopt.kernels.core.blocked_maths import AdamSettings
 from learnedopt.kernels.core.means import TakesMeans, statistics_from_sums, statistics_without_coordinates
 from learnedopt.kernels.core.tables import Work, triton_dtype
 from learnedopt.rules.base import State, UpdateRule
@@ -210,15 +209,10 @@ def lstm_arguments(lstm: CoordinatewiseLSTM, inputs: nn.Linear | None = None) ->
     }
 
 
-def adam_arguments(settings: AdamSettings) -> dict[str, float]:
-    """What kernels take that keep Adam's moments."""
-    return {
-        "momentum_decay": settings.momentum_decay,
-        "square_decay": settings.square_decay,
-        "momentum_rest": 1.0 - settings.momentum_decay,
-        "square_rest": 1.0 - settings.square_decay,
-        "eps": settings.eps,
-    }
+def adam_arguments(momentum_decay: float, square_decay: float, eps: float) -> dict[str, float]:
+    """What kernels take that keep Adam's moments (:func:`learnedopt.kernels.core.triton.adam_directions`)."""
+    rests = {"momentum_rest": 1.0 - momentum_decay, "square_rest": 1.0 - square_decay}
+    return {"momentum_decay": momentum_decay, "square_decay": square_decay, **rests, "eps": eps}
 
 
 def readout(units: Tensor, others: Tensor | None, bias: Tensor) -> Tensor:

@@ -19,68 +19,32 @@ _FEATURES, _SHARED = tl.constexpr(int(Row.FEATURES)), tl.constexpr(len(Row) - Ro
 
 @triton.jit
 def step_kernel(
-    tensors,
-    chunks,
-    statistics,
-    num_tensors,
-    lr_at,
-    lr_value,
-    weight_decay,
-    skip_at,
-    features,
-    recurrent,
-    below,
-    biases,
-    readout,
-    preprocessing_p,
-    gradient_divisor,
-    FEEDBACK_IS_GATE: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    LR_IN_MEMORY: tl.constexpr,
-    SKIP: tl.constexpr,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    STATE: tl.constexpr,
-    LAYERS: tl.constexpr,
-    UNITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tensors, chunks, statistics, num_tensors, lr_at, lr_value, weight_decay, skip_at,
+    features, recurrent, below, biases, readout,
+    preprocessing_p, gradient_divisor, FEEDBACK_IS_GATE: tl.constexpr,
+    MAXIMIZE: tl.constexpr, LR_IN_MEMORY: tl.constexpr, SKIP: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    LAYERS: tl.constexpr, UNITS: tl.constexpr, PADDED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One step. ``readout`` is ``(2, PADDED + 3)``: units, parameter, the gate's own past, bias."""
     tensor, first, size = core.place(tensors, chunks)
     size = core.unless_skipped(size, skip_at, SKIP)
+    weights = (features, recurrent, below, biases)
     lr = core.rate(lr_at, lr_value, LR_IN_MEMORY)
     params = core.address(tensors, tensor, core.PARAM_FIELD, PARAM)
     grads = core.address(tensors, tensor, core.GRAD_FIELD, GRAD)
     for start in range(0, tl.minimum(size - first, CHUNK), BLOCK):
         at = first + start + tl.arange(0, BLOCK)
+        where = (tensors, tensor, num_tensors, at, size)
         here = at < size
         grad = core.load_grad(grads, at, size, MAXIMIZE)
         param = core.load(params, at, size)
         grad = grad / gradient_divisor
         top = tl.zeros((PADDED, BLOCK), dtype=tl.float32)
+        own = core.log_sign(grad, preprocessing_p)
         top = core.lstm(
-            tensors,
-            tensor,
-            at,
-            size,
-            core.log_sign(grad, preprocessing_p),
-            statistics,
-            num_tensors,
-            top,
-            features,
-            recurrent,
-            below,
-            biases,
-            _FEATURES,
-            _SHARED,
-            False,
-            STATE,
-            LAYERS,
-            UNITS,
-            PADDED,
-            BLOCK,
+            where, own, top, statistics, weights, _FEATURES, _SHARED, False, STATE, LAYERS, UNITS, PADDED, BLOCK
         )
         forgets, inputs = core.numbers(tensors, tensor, 0), core.numbers(tensors, tensor, 1)
         z = _gate(readout, top, param, core.load(forgets, at, size), PADDED, LAYERS)

@@ -17,93 +17,30 @@ _MOMENTUM, _SQUARE = tl.constexpr(int(Row.MOMENTUM_CORRECTION)), tl.constexpr(in
 
 
 @triton.jit
-def _directions(
-    tensors,
-    tensor,
-    at,
-    size,
-    grad,
-    statistics,
-    num_tensors,
-    momentum_decay,
-    square_decay,
-    momentum_rest,
-    square_rest,
-    eps,
-):
-    """New moments, and the momentum and the gradient over the running RMS."""
-    return core.adam_directions(
-        grad,
-        core.load(core.numbers(tensors, tensor, 0), at, size),
-        core.load(core.numbers(tensors, tensor, 1), at, size),
-        core.of_tensor(statistics, _MOMENTUM, num_tensors, tensor),
-        core.of_tensor(statistics, _SQUARE, num_tensors, tensor),
-        momentum_decay,
-        square_decay,
-        momentum_rest,
-        square_rest,
-        eps,
-    )
-
-
-@triton.jit
 def step_kernel(
-    tensors,
-    chunks,
-    statistics,
-    num_tensors,
-    lr_at,
-    lr_value,
-    weight_decay,
-    skip_at,
-    features,
-    recurrent,
-    below,
-    biases,
-    readout,
-    momentum_decay,
-    square_decay,
-    momentum_rest,
-    square_rest,
-    eps,
-    output_scale,
-    MAXIMIZE: tl.constexpr,
-    LR_IN_MEMORY: tl.constexpr,
-    SKIP: tl.constexpr,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    STATE: tl.constexpr,
-    LAYERS: tl.constexpr,
-    UNITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One step. The layer before the LSTM is ``features (3, PADDED)``, biases last; ``readout`` is ``(PADDED + 1,)``."""
+    tensors, chunks, statistics, num_tensors, lr_at, lr_value, weight_decay, skip_at,
+    features, recurrent, below, biases, readout,
+    momentum_decay, square_decay, momentum_rest, square_rest, eps, output_scale,
+    MAXIMIZE: tl.constexpr, LR_IN_MEMORY: tl.constexpr, SKIP: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    LAYERS: tl.constexpr, UNITS: tl.constexpr, PADDED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One step. The layer before the LSTM is ``features (3, PADDED)``, biases last. ``readout`` is ``(PADDED + 1)``."""
     tensor, first, size = core.place(tensors, chunks)
     size = core.unless_skipped(size, skip_at, SKIP)
+    weights = (features, recurrent, below, biases)
     lr = core.rate(lr_at, lr_value, LR_IN_MEMORY)
     params = core.address(tensors, tensor, core.PARAM_FIELD, PARAM)
     grads = core.address(tensors, tensor, core.GRAD_FIELD, GRAD)
+    averaging = (momentum_decay, square_decay, momentum_rest, square_rest, eps)
     for start in range(0, tl.minimum(size - first, CHUNK), BLOCK):
         at = first + start + tl.arange(0, BLOCK)
+        where = (tensors, tensor, num_tensors, at, size)
         here = at < size
         grad = core.load_grad(grads, at, size, MAXIMIZE)
         param = core.load(params, at, size)
-        momentum, square, a, g = _directions(
-            tensors,
-            tensor,
-            at,
-            size,
-            grad,
-            statistics,
-            num_tensors,
-            momentum_decay,
-            square_decay,
-            momentum_rest,
-            square_rest,
-            eps,
-        )
+        momentum, square, a, g = core.adam_directions(where, grad, statistics, _MOMENTUM, _SQUARE, averaging)
         tl.store(core.numbers(tensors, tensor, 0) + at, momentum, mask=here)
         tl.store(core.numbers(tensors, tensor, 1) + at, square, mask=here)
         units = tl.arange(0, PADDED)
@@ -112,28 +49,7 @@ def step_kernel(
         top += tl.load(features + PADDED + units)[:, None] * g[None, :]
         top += tl.load(features + 2 * PADDED + units)[:, None]
         top = tl.where(top > 0.0, top, tl.exp(tl.minimum(top, 0.0, tl.PropagateNan.ALL)) - 1.0)
-        top = core.lstm(
-            tensors,
-            tensor,
-            at,
-            size,
-            (a, g),
-            statistics,
-            num_tensors,
-            top,
-            features,
-            recurrent,
-            below,
-            biases,
-            0,
-            0,
-            True,
-            STATE,
-            LAYERS,
-            UNITS,
-            PADDED,
-            BLOCK,
-        )
+        top = core.lstm(where, (a, g), top, statistics, weights, 0, 0, True, STATE, LAYERS, UNITS, PADDED, BLOCK)
         delta = -output_scale * core.tanh(core.of_units(readout, readout + PADDED, top, PADDED, LAYERS))
         core.move(params, at, size, param, delta, lr, weight_decay, PARAM)
 
@@ -143,11 +59,12 @@ class Program(triton_backend.Program):
     entries = ("momentum", "square")
 
     def __init__(self, rule: RNNpropRule) -> None:
+        config = rule.config
         arguments = {
             **triton_backend.lstm_arguments(rule.lstm, rule.inputs),
             "readout": triton_backend.readout(rule.readout.weight, None, rule.readout.bias),
-            **triton_backend.adam_arguments(rule.config),
-            "output_scale": rule.config.output_scale,
+            **triton_backend.adam_arguments(config.momentum_decay, config.square_decay, config.eps),
+            "output_scale": config.output_scale,
         }
         super().__init__(arguments, rule.lstm.num_layers)
 

@@ -36,7 +36,7 @@ class Program(native.Program):
     rows, means = Row, Mean
 
     def __init__(self, rule: ScheduleFreeLSTMRule) -> None:
-        settings = Settings(*(getattr(rule.config, name) for name in Settings._fields[:-1]), rule.way_limit)
+        settings = [*(getattr(rule.config, name) for name in Settings._fields[:-1]), rule.way_limit]
         # In the order in which the kernel reads it.
         readout = torch.cat([rule.readout.weight.T, rule.readout.bias.unsqueeze(0)])
         super().__init__(rule.lstm, [readout], settings)

@@ -25,48 +25,9 @@ _SLOPE_SQUARE, _WAY_SQUARE = tl.constexpr(int(Mean.SLOPE_SQUARE)), tl.constexpr(
 
 
 @triton.jit
-def _directions(
-    tensors,
-    tensor,
-    at,
-    size,
-    grad,
-    statistics,
-    num_tensors,
-    momentum_decay,
-    square_decay,
-    momentum_rest,
-    square_rest,
-    eps,
-):
-    """New moments, and the momentum and the gradient over the running RMS."""
-    return core.adam_directions(
-        grad,
-        core.load(core.numbers(tensors, tensor, 0), at, size),
-        core.load(core.numbers(tensors, tensor, 1), at, size),
-        core.of_tensor(statistics, _MOMENTUM, num_tensors, tensor),
-        core.of_tensor(statistics, _SQUARE, num_tensors, tensor),
-        momentum_decay,
-        square_decay,
-        momentum_rest,
-        square_rest,
-        eps,
-    )
-
-
-@triton.jit
-def _output(
-    index: tl.constexpr,
-    readout,
-    top,
-    own,
-    statistics,
-    num_tensors,
-    tensor,
-    PADDED: tl.constexpr,
-    LAYERS: tl.constexpr,
-):
+def _output(index: tl.constexpr, readout, top, own, statistics, where, PADDED: tl.constexpr, LAYERS: tl.constexpr):
     """What units and features contribute to an output."""
+    _, tensor, num_tensors, _, _ = where
     row = readout + index * (PADDED + _SEEN + 1)
     out = core.of_units(row, row + PADDED + _SEEN, top, PADDED, LAYERS)
     weights = row + PADDED
@@ -80,67 +41,30 @@ def _output(
 
 @triton.jit
 def step_kernel(
-    tensors,
-    chunks,
-    statistics,
-    num_tensors,
-    lr_at,
-    lr_value,
-    weight_decay,
-    skip_at,
-    features,
-    recurrent,
-    below,
-    biases,
-    readout,
-    momentum_decay,
-    square_decay,
-    momentum_rest,
-    square_rest,
-    eps,
-    nominal_step,
-    interpolation,
-    log_step_gain,
-    log_step_bound,
-    mix_bound,
-    log_averaging_bound,
-    MAXIMIZE: tl.constexpr,
-    LR_IN_MEMORY: tl.constexpr,
-    SKIP: tl.constexpr,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    STATE: tl.constexpr,
-    LAYERS: tl.constexpr,
-    UNITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tensors, chunks, statistics, num_tensors, lr_at, lr_value, weight_decay, skip_at,
+    features, recurrent, below, biases, readout,
+    momentum_decay, square_decay, momentum_rest, square_rest, eps, nominal_step, interpolation, log_step_gain,
+    log_step_bound, mix_bound, log_averaging_bound,
+    MAXIMIZE: tl.constexpr, LR_IN_MEMORY: tl.constexpr, SKIP: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    LAYERS: tl.constexpr, UNITS: tl.constexpr, PADDED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One step. ``readout`` is ``(4, PADDED + features + 1)``: units, features, bias."""
     tensor, first, size = core.place(tensors, chunks)
     size = core.unless_skipped(size, skip_at, SKIP)
+    weights = (features, recurrent, below, biases)
     lr = core.rate(lr_at, lr_value, LR_IN_MEMORY)
     params = core.address(tensors, tensor, core.PARAM_FIELD, PARAM)
     grads = core.address(tensors, tensor, core.GRAD_FIELD, GRAD)
+    averaging = (momentum_decay, square_decay, momentum_rest, square_rest, eps)
     for start in range(0, tl.minimum(size - first, CHUNK), BLOCK):
         at = first + start + tl.arange(0, BLOCK)
+        where = (tensors, tensor, num_tensors, at, size)
         here = at < size
         grad = core.load_grad(grads, at, size, MAXIMIZE)
         param = core.load(params, at, size)
-        momentum, square, a, g = _directions(
-            tensors,
-            tensor,
-            at,
-            size,
-            grad,
-            statistics,
-            num_tensors,
-            momentum_decay,
-            square_decay,
-            momentum_rest,
-            square_rest,
-            eps,
-        )
+        momentum, square, a, g = core.adam_directions(where, grad, statistics, _MOMENTUM, _SQUARE, averaging)
         tl.store(core.numbers(tensors, tensor, 0) + at, momentum, mask=here)
         tl.store(core.numbers(tensors, tensor, 1) + at, square, mask=here)
         offset = core.load(core.numbers(tensors, tensor, 2), at, size)
@@ -148,31 +72,12 @@ def step_kernel(
         top = tl.zeros((PADDED, BLOCK), dtype=tl.float32)
         if LAYERS > 0:
             top = core.lstm(
-                tensors,
-                tensor,
-                at,
-                size,
-                own,
-                statistics,
-                num_tensors,
-                top,
-                features,
-                recurrent,
-                below,
-                biases,
-                _FEATURES,
-                _SHARED,
-                False,
-                STATE,
-                LAYERS,
-                UNITS,
-                PADDED,
-                BLOCK,
+                where, own, top, statistics, weights, _FEATURES, _SHARED, False, STATE, LAYERS, UNITS, PADDED, BLOCK
             )
-        out0 = _output(0, readout, top, own, statistics, num_tensors, tensor, PADDED, LAYERS)
-        out1 = _output(1, readout, top, own, statistics, num_tensors, tensor, PADDED, LAYERS)
-        out2 = _output(2, readout, top, own, statistics, num_tensors, tensor, PADDED, LAYERS)
-        out3 = _output(3, readout, top, own, statistics, num_tensors, tensor, PADDED, LAYERS)
+        out0 = _output(0, readout, top, own, statistics, where, PADDED, LAYERS)
+        out1 = _output(1, readout, top, own, statistics, where, PADDED, LAYERS)
+        out2 = _output(2, readout, top, own, statistics, where, PADDED, LAYERS)
+        out3 = _output(3, readout, top, own, statistics, where, PADDED, LAYERS)
         log_step = log_step_bound * core.tanh(out0 * (log_step_gain / log_step_bound))
         direction = (1.0 + core.bounded(out1, mix_bound)) * g + core.bounded(out2, mix_bound) * a
         moved = nominal_step * tl.exp(log_step) * direction
@@ -188,26 +93,15 @@ def step_kernel(
 
 @triton.jit
 def sums_kernel(
-    tensors,
-    chunks,
-    corrections,
-    num_tensors,
-    sums,
-    momentum_decay,
-    square_decay,
-    momentum_rest,
-    square_rest,
-    eps,
+    tensors, chunks, corrections, num_tensors, sums, momentum_decay, square_decay, momentum_rest, square_rest, eps,
     way_limit,
-    MAXIMIZE: tl.constexpr,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    OWN_GRAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    MAXIMIZE: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, OWN_GRAD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """What the rule takes the means of, added up over each chunk: ``sums (chunks, means)``."""
     tensor, first, size = core.place(tensors, chunks)
     at = first + tl.arange(0, CHUNK)
+    where = (tensors, tensor, num_tensors, at, size)
+    averaging = (momentum_decay, square_decay, momentum_rest, square_rest, eps)
     param = core.load(core.address(tensors, tensor, core.PARAM_FIELD, PARAM), at, size)
     grad = core.load_grad(core.address(tensors, tensor, core.GRAD_FIELD, GRAD), at, size, MAXIMIZE)
     slope = grad
@@ -216,20 +110,7 @@ def sums_kernel(
     slope = core.within(slope, way_limit)
     way = core.within(core.load(core.numbers(tensors, tensor, 3), at, size) - param, way_limit)
     offset = core.load(core.numbers(tensors, tensor, 2), at, size)
-    _, _, a, g = _directions(
-        tensors,
-        tensor,
-        at,
-        size,
-        grad,
-        corrections,
-        num_tensors,
-        momentum_decay,
-        square_decay,
-        momentum_rest,
-        square_rest,
-        eps,
-    )
+    _, _, a, g = core.adam_directions(where, grad, corrections, _MOMENTUM, _SQUARE, averaging)
     to = sums + _MEANS * tl.program_id(0)
     tl.store(to + _PARAM_SQUARE, tl.sum(param * param, axis=0))
     tl.store(to + _A_G, tl.sum(a * g, axis=0))
@@ -252,14 +133,15 @@ class Program(triton_backend.Program):
         of_features, of_units = rule.readout.weight.split([_SEEN.value, rule.readout.in_features - _SEEN.value], dim=1)
         none = rule.readout.weight.new_zeros(1)
         without = {"features": none, "recurrent": none.half(), "below": none.half(), "biases": none}  # are not read
-        moments = triton_backend.adam_arguments(rule.config)
+        config = rule.config
+        moments = triton_backend.adam_arguments(config.momentum_decay, config.square_decay, config.eps)
         arguments = {
             **without,
             **{"LAYERS": 0, "UNITS": 0, "PADDED": triton_backend.padded_to(0)},
             **({} if rule.lstm is None else triton_backend.lstm_arguments(rule.lstm)),
             "readout": triton_backend.readout(of_units, of_features, rule.readout.bias),
             **moments,
-            **{name: getattr(rule.config, name) for name in steps},
+            **{name: getattr(config, name) for name in steps},
         }
         super().__init__(arguments, arguments["LAYERS"], {**moments, "way_limit": rule.way_limit})
 
