@@ -43,8 +43,8 @@ from torch import Generator, Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from learnedopt.data import ImageData
-from learnedopt.kernels import extension
-from learnedopt.kernels.training import fused
+from learnedopt.kernels.core import extension
+from learnedopt.kernels.lstm_training import fused
 from learnedopt.meta import Episode, MetaObjective, TruncatedBPTT, start_episode
 from learnedopt.meta.backends import compiled
 from learnedopt.rules import LSTMConfig, LSTMRule, UpdateRule, log_sign
@@ -302,7 +302,7 @@ def compile_seconds() -> float | None:
     """Of the native kernels, from nothing, in a process of its own."""
     if extension.why_unavailable() is not None:
         return None
-    code = "from learnedopt.kernels import extension; assert extension.why_unavailable() is None; extension.operators()"
+    code = "from learnedopt.kernels.core import extension as x; assert x.why_unavailable() is None; x.operators()"
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TORCH_EXTENSIONS_DIR": folder}
         timings = []

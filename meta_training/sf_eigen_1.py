@@ -80,7 +80,11 @@ RECIPE = Recipe(
         coordinates=(
             ("inner.modulator.readout.bias[0]", 0.72, 0.03),  # log step size
             ("inner.modulator.readout.weight[0,9]", -0.467, 0.05),  # ... with time
-            ("inner.modulator.readout.weight[0,10]", 0.2, 0.04),  # ... with the way: smaller where the way back is downhill
+            (
+                "inner.modulator.readout.weight[0,10]",
+                0.2,
+                0.04,
+            ),  # ... with the way: smaller where back is downhill
             ("inner.modulator.readout.weight[0,11]", -0.6, 0.05),  # ... with the number of tensors
             ("inner.modulator.readout.weight[0,12]", 1.0, 0.1),  # ... with smallness
             ("inner.modulator.readout.weight[0,13]", -0.4, 0.05),  # ... at the beginning

@@ -42,6 +42,29 @@ def imported_rooms(source: str) -> Iterator[str]:
                 yield parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__"
 
 
+def imported_modules(source: str) -> Iterator[str]:
+    """The modules of the package that import statements name, however they do: ``from a import b`` names ``a.b``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "learnedopt")
+
+
+def violations_in_kernels(path: Path, source: str) -> list[str]:
+    """In the kernels' core and in the folders of rules."""
+    folder = path.parts[1]
+    allowed = ["learnedopt.kernels.core"]
+    if folder == "core":
+        allowed += ["learnedopt.rules.base", "learnedopt.rules.recurrent"]
+    else:
+        allowed += ["learnedopt.rules", f"learnedopt.kernels.{folder}"]
+    return [name for name in imported_modules(source) if not any(f"{name}.".startswith(f"{x}.") for x in allowed)]
+
+
 def violations(path: Path, source: str) -> list[str]:
     room = room_of(path)
     limit = ROOMS.index(DOORS.get(room, room))
@@ -55,6 +78,26 @@ def violations(path: Path, source: str) -> list[str]:
 def test_a_room_imports_only_from_rooms_before_it(path: Path) -> None:
     assert room_of(path) in (*ROOMS, *DOORS), f"{path} is in no room: give it a place in ROOMS and in the documents"
     assert violations(path, (PACKAGE / path).read_text()) == []
+
+
+@pytest.mark.parametrize("path", [path for path in modules() if path.match("kernels/*/*.py")], ids=str)
+def test_the_core_of_the_kernels_knows_no_rule_and_rules_know_the_core_alone(path: Path) -> None:
+    assert violations_in_kernels(path, (PACKAGE / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "found"),
+    [
+        ("kernels/core/new.py", "from learnedopt.rules.base import State", []),
+        ("kernels/core/new.py", "from learnedopt.rules import LSTMRule", ["learnedopt.rules.LSTMRule"]),
+        ("kernels/core/new.py", "import learnedopt.kernels.lstm.native", ["learnedopt.kernels.lstm.native"]),
+        ("kernels/lstm/new.py", "from learnedopt.rules import LSTMRule\nimport learnedopt.kernels.core.blocked", []),
+        ("kernels/lstm/new.py", "from learnedopt.kernels.core import blocked, native", []),
+        ("kernels/lstm/new.py", "from learnedopt.kernels import rnnprop", ["learnedopt.kernels.rnnprop"]),
+    ],
+)
+def test_imports_the_wrong_way_within_the_kernels_are_noticed(path: str, source: str, found: list[str]) -> None:
+    assert violations_in_kernels(Path(path), source) == found
 
 
 @pytest.mark.parametrize(

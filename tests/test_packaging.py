@@ -25,7 +25,7 @@ from learnedopt.zoo import list_entries, load_rule
 
 assert pathlib.Path(learnedopt.__file__).is_relative_to(sys.argv[1]), learnedopt.__file__
 for module in pkgutil.walk_packages(learnedopt.__path__, "learnedopt."):
-    if not module.name.endswith(".triton_kernels") or importlib.util.find_spec("triton"):
+    if not module.name.endswith(".triton") or importlib.util.find_spec("triton"):
         importlib.import_module(module.name)
 for name in list_entries():
     load_rule(name)

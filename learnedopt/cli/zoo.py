@@ -89,8 +89,11 @@ def _settings(values: Any) -> str:
 
 def _state(rule: UpdateRule) -> str:
     said, side = f"{rule.state_bytes_per_parameter()} bytes per parameter in float32", 128
-    matrices = sum(rows * columns for rows, columns in rule.matrices((side, side)).values())
-    return f"{said}, and {4 * matrices // side**2} more in matrices that are square" if matrices else said
+    if rule.coordinates is None:
+        return said
+    own = rule.coordinates.initial((side, side), None, torch.device("meta"))
+    numbers = sum(value.numel() for value in own.values())
+    return f"{said}, and {4 * numbers // side**2} more in matrices that are square"
 
 
 def zoo_train(arguments: argparse.Namespace) -> int:

@@ -1,28 +1,38 @@
-"""The same maths, faster: backends that run a rule's step in place, and the choice between them."""
+"""The same maths, faster: backends that run a rule's step in place, and the choice between them.
 
-from learnedopt.kernels.base import Backend, Case, Tensors
-from learnedopt.kernels.bases import AGE, initial_matrices, step_in_bases
-from learnedopt.kernels.choice import BackendName, check_name, choose, get_backend
-from learnedopt.kernels.dispatch import step
-from learnedopt.kernels.reference import ReferenceBackend
-from learnedopt.kernels.state import StateDtype, StoredSpec, keep_state, read_state, state_layout
+:mod:`~learnedopt.kernels.core` is what no rule has to itself. Each other folder is a rule's, and registers its fast
+paths, or how it is taken apart, with :func:`register`: a new one is a folder and no change elsewhere.
+"""
+
+import importlib
+import pkgutil
+
+from learnedopt.kernels.core.base import Backend, Case, StepOptions, Tensors
+from learnedopt.kernels.core.dispatch import BackendName, check_name, choose, get_backend, refusal, step
+from learnedopt.kernels.core.reference import ReferenceBackend
+from learnedopt.kernels.core.registry import register
+from learnedopt.kernels.core.state import StateDtype, StoredSpec, keep_state, read_state, state_layout
+
+for _found in pkgutil.iter_modules(__path__):
+    if _found.ispkg:
+        importlib.import_module(f"{__name__}.{_found.name}")
 
 __all__ = [
-    "AGE",
     "Backend",
     "BackendName",
     "Case",
     "ReferenceBackend",
     "StateDtype",
+    "StepOptions",
     "StoredSpec",
     "Tensors",
     "check_name",
     "choose",
     "get_backend",
-    "initial_matrices",
     "keep_state",
     "read_state",
+    "refusal",
+    "register",
     "state_layout",
     "step",
-    "step_in_bases",
 ]

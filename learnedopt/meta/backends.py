@@ -6,8 +6,8 @@ import copy
 
 import torch
 
-from learnedopt.kernels import extension
-from learnedopt.kernels.training import fused
+from learnedopt.kernels.core import extension
+from learnedopt.kernels.lstm_training import fused
 from learnedopt.meta.config import MetaTrainConfig
 from learnedopt.rules import UpdateRule
 from learnedopt.rules.recurrent import CoordinatewiseLSTM

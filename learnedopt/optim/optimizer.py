@@ -64,8 +64,8 @@ class LearnedOptimizer(RuleGroups):
         maximize: Give the rule the negative gradient.
         nonfinite: What to do about gradients that are not finite: ``"propagate"``, ``"skip"`` or ``"raise"``.
         state_dtype: How state is kept between steps: ``torch.float32`` (or wider, see above), ``torch.bfloat16``, or
-            ``torch.int8``, which means eight bits for hidden states and ten for cells; :mod:`learnedopt.kernels.state`
-            says how and what of it. In the groups it is its name.
+            ``torch.int8``, which means eight bits for hidden states and ten for cells;
+            :mod:`learnedopt.kernels.core.state` says how and what of it. In the groups it is its name.
         backend: What computes the step: ``"auto"``, the fastest that can serve and needs no compiling first, or one
             asked for by name: ``"reference"``, ``"blocked"``, ``"native"`` or ``"triton"``. They agree up to
             rounding. Of the optimizer, not of its groups or its ``state_dict``.
@@ -80,8 +80,9 @@ class LearnedOptimizer(RuleGroups):
     State per parameter, on its device: ``(*spec.shape, *param.shape)`` for each coordinate-scope entry of the rule's
     :meth:`~learnedopt.rules.UpdateRule.state_spec`, ``spec.shape`` for each tensor-scope one. With ``torch.int8`` there
     are, beside each vector, a scale ``(*spec.shape[:-1], *param.shape)`` and, if it accumulates, the lower bits of its
-    units, ``(*spec.shape[:-1], ceil(spec.shape[-1] / 4), *param.shape)``. Where the rule has bases for a tensor, there
-    are its :meth:`~learnedopt.rules.UpdateRule.matrices` and ``age``, on the host: how many steps they have seen.
+    units, ``(*spec.shape[:-1], ceil(spec.shape[-1] / 4), *param.shape)``. Where the rule has coordinates of its own
+    for a tensor, there are their entries (:class:`~learnedopt.rules.Coordinates`) and ``age``, on the host: how many
+    steps they have seen.
 
     >>> from learnedopt.rules import AdamLSTMRule
     >>> weights = torch.nn.Parameter(torch.tensor([1.0, -1.0]))

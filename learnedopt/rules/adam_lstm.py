@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import ClassVar
 
 import torch
@@ -13,10 +14,28 @@ from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, Update
 from learnedopt.rules.moments import momentum_bound, momentum_spec
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
 
-# Rows of the statistics: three bias corrections, then the features every coordinate of a tensor shares.
-_CORRECTIONS = 3
-_SHARED_FEATURES = 4
 _COORDINATE_FEATURES = 5
+
+
+class Row(IntEnum):
+    """Of the statistics: bias corrections, then the features that every coordinate of a tensor shares."""
+
+    FAST_CORRECTION = 0
+    SLOW_CORRECTION = 1
+    SQUARE_CORRECTION = 2
+    LOG_PARAM = 3
+    ALIGNMENT = 4
+    CONSISTENCY = 5
+    TIME = 6
+    FEATURES = LOG_PARAM  # where they begin
+
+
+class Mean(IntEnum):
+    """Of what the rule takes the means of."""
+
+    PARAM_SQUARE = 0
+    FAST_GRAD = 1
+    SLOW_SQUARE = 2
 
 
 @dataclass(frozen=True)
@@ -99,7 +118,7 @@ class AdamLSTMRule(UpdateRule):
             raise ValueError(f"eps must be at least 1e-18, below which float32 squares vanish, got {config.eps}")
         if not 1.0 < config.max_time < math.inf:
             raise ValueError(f"max_time must be above 1 and finite, got {config.max_time}")
-        features = _COORDINATE_FEATURES + _SHARED_FEATURES
+        features = _COORDINATE_FEATURES + len(Row) - Row.FEATURES
         self.lstm = CoordinatewiseLSTM(features, config.hidden_size, config.num_layers)
         self.readout = nn.Linear(config.hidden_size, 3)
         nn.init.zeros_(self.readout.weight)
@@ -157,11 +176,11 @@ class AdamLSTMRule(UpdateRule):
             together: How many tensors are trained together, which counts for nothing here.
         """
         step = state["step"] + 1.0
-        rms_param, consistency = (means[row].add(1e-12).log() / 6.0 for row in (0, 2))
+        rms_param, consistency = (means[row].add(1e-12).log() / 6.0 for row in (Mean.PARAM_SQUARE, Mean.SLOW_SQUARE))
         shared = torch.stack(
             [
                 rms_param.clamp(-7.0 / 3.0, 1.0),
-                means[1],
+                means[Mean.FAST_GRAD],
                 consistency.clamp(-7.0 / 3.0, 1.0),
                 step.clamp(max=self.config.max_time).log() / math.log(self.config.max_time),
             ]
@@ -170,8 +189,8 @@ class AdamLSTMRule(UpdateRule):
 
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
         config = self.config
-        moments, (a, b, g) = self._directions(grad, state, statistics[:_CORRECTIONS])
-        shared = statistics[_CORRECTIONS:].expand(_SHARED_FEATURES, grad.numel())
+        moments, (a, b, g) = self._directions(grad, state, statistics[: Row.FEATURES])
+        shared = statistics[Row.FEATURES :].expand(-1, grad.numel())
         x = torch.cat([torch.stack([a, b, g, a.abs(), b.abs()]), shared])
         top, h, c = self.lstm(x, state["h"], state["c"])
         out = torch.addmm(self.readout.bias.unsqueeze(1), self.readout.weight, top)

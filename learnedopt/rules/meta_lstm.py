@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +13,14 @@ from torch import Tensor, nn
 from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
 from learnedopt.rules.preprocessing import log_sign
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
+
+
+class Row(IntEnum):
+    """Of the statistics: the two channels of the loss, features that every coordinate has."""
+
+    LOG_LOSS = 0
+    SIGN_LOSS = 1
+    FEATURES = LOG_LOSS  # where they begin
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, UpdateRule
 from learnedopt.rules.moments import adam_directions, bias_correction, momentum_spec
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
+
+
+class Row(IntEnum):
+    """Of the statistics: bias corrections."""
+
+    MOMENTUM_CORRECTION = 0
+    SQUARE_CORRECTION = 1
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import ClassVar
 
 import torch
@@ -13,12 +14,42 @@ from learnedopt.rules.base import RuleConfig, Segments, State, StateSpec, Update
 from learnedopt.rules.modulators import CoordinateLSTM, PowerLaws, TensorController
 from learnedopt.rules.moments import adam_directions, bias_correction, momentum_bound, momentum_spec
 
-# Rows of the statistics: two bias corrections, the averaging weight, one over the RMS of the offset, then the features
-# that every coordinate of a tensor shares.
-_CORRECTIONS = 2
-_SHARED_FEATURES = 10
 _COORDINATE_FEATURES = 4
 _AVERAGES = ("slope", "steepness", "distance")
+
+
+class Row(IntEnum):
+    """Of the statistics: bias corrections, the averaging weight, one over the RMS of the offset, and then the features
+    that every coordinate of a tensor shares."""
+
+    MOMENTUM_CORRECTION = 0
+    SQUARE_CORRECTION = 1
+    AVERAGING = 2
+    PER_OFFSET = 3
+    LOG_PARAM = 4
+    ALIGNMENT = 5
+    CONSISTENCY = 6
+    OFFSET_COSINE = 7
+    LOG_OFFSET = 8
+    TIME = 9
+    WAY = 10
+    TOGETHER = 11
+    SMALLNESS = 12
+    BEGINNING = 13
+    FEATURES = LOG_PARAM  # where they begin
+
+
+class Mean(IntEnum):
+    """Of what the rule takes the means of: ``a`` and ``g`` are the momentum and the gradient over the running RMS."""
+
+    PARAM_SQUARE = 0
+    A_G = 1
+    A_SQUARE = 2
+    OFFSET_SQUARE = 3
+    OFFSET_A = 4
+    SLOPE_WAY = 5
+    SLOPE_SQUARE = 6
+    WAY_SQUARE = 7
 
 
 @dataclass(frozen=True)
@@ -129,7 +160,7 @@ class ScheduleFreeRule(UpdateRule):
     def __init__(self, config: ScheduleFreeConfig | None = None) -> None:
         super().__init__(config or ScheduleFreeConfig())
         _check(self.config)
-        self.modulator = self.config.modulator.build(_COORDINATE_FEATURES, _SHARED_FEATURES, outputs=4)
+        self.modulator = self.config.modulator.build(_COORDINATE_FEATURES, len(Row) - Row.FEATURES, outputs=4)
 
     def state_spec(self) -> dict[str, StateSpec]:
         return {
@@ -201,22 +232,27 @@ class ScheduleFreeRule(UpdateRule):
         """
         config = self.config
         step, keep = state["step"] + 1.0, config.way_decay
-        averages = {name: keep * state[name] + (1.0 - keep) * mean for name, mean in zip(_AVERAGES, means[5:])}
+        averages = {
+            name: keep * state[name] + (1.0 - keep) * mean for name, mean in zip(_AVERAGES, means[Mean.SLOPE_WAY :])
+        }
         # Two roots, because the product of two squares may leave the range of float32 where neither does.
         roots = [averages[name].clamp(min=1e-30).sqrt() for name in ("steepness", "distance")]
         correlation = averages["slope"] / roots[0] / roots[1]
         averaging = (config.averaging_power + 1.0) / (step + config.averaging_power)
-        rms_offset, rms_a = (means[row].clamp(min=1e-24).sqrt() for row in (3, 2))
-        log_param, log_a, log_offset = (means[row].add(1e-12).log() / 6.0 for row in (0, 2, 3))
-        smallness = (means[0].clamp(min=1e-30).log() / 2.0 - math.log(config.usual_scale)).clamp(-7.0, 0.0) / 3.0
-        smallness = torch.where(means[0] > 0.0, smallness, 0.0)
+        rms_offset, rms_a = (means[row].clamp(min=1e-24).sqrt() for row in (Mean.OFFSET_SQUARE, Mean.A_SQUARE))
+        log_param, log_a, log_offset = (
+            means[row].add(1e-12).log() / 6.0 for row in (Mean.PARAM_SQUARE, Mean.A_SQUARE, Mean.OFFSET_SQUARE)
+        )
+        param_square = means[Mean.PARAM_SQUARE]
+        smallness = (param_square.clamp(min=1e-30).log() / 2.0 - math.log(config.usual_scale)).clamp(-7.0, 0.0) / 3.0
+        smallness = torch.where(param_square > 0.0, smallness, 0.0)
         smallness = torch.where(step == 1.0, smallness, state["smallness"])
         shared = torch.stack(
             [
                 log_param.clamp(-7.0 / 3.0, 1.0),
-                means[1],
+                means[Mean.A_G],
                 log_a.clamp(-7.0 / 3.0, 1.0),
-                -means[4] / (rms_offset * rms_a),
+                -means[Mean.OFFSET_A] / (rms_offset * rms_a),
                 (log_offset - log_param).clamp(-7.0 / 3.0, 1.0),
                 step.clamp(max=config.max_time).log() / math.log(config.max_time),
                 torch.tanh(config.way_gain * correlation),
@@ -233,13 +269,13 @@ class ScheduleFreeRule(UpdateRule):
         config = self.config
         offset = state["offset"]
         moments, (a, g) = self._directions(grad, state, statistics)
-        averaging, per_offset, shared = statistics[_CORRECTIONS:].split([1, 1, _SHARED_FEATURES])
-        seen = torch.cat([torch.stack([a, g, a.abs(), offset * per_offset[0]]), shared.expand(-1, grad.numel())])
+        averaging, shared = statistics[Row.AVERAGING], statistics[Row.FEATURES :].expand(-1, grad.numel())
+        seen = torch.cat([torch.stack([a, g, a.abs(), offset * statistics[Row.PER_OFFSET]]), shared])
         out, units = self.modulator(seen, state)
         log_step = config.log_step_bound * torch.tanh(out[0] * (config.log_step_gain / config.log_step_bound))
         mix = config.mix_bound * torch.tanh(out[1:3] / config.mix_bound)
         log_weight = config.log_averaging_bound * torch.tanh(out[3] / config.log_averaging_bound)
-        weight = (averaging[0] * torch.exp(log_weight)).clamp(max=1.0)
+        weight = (averaging * torch.exp(log_weight)).clamp(max=1.0)
         move = config.nominal_step * torch.exp(log_step) * ((1.0 + mix[0]) * g + mix[1] * a)
         beta = config.interpolation
         delta = weight * offset - (1.0 - beta + beta * weight) * move

@@ -37,9 +37,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from learnedopt import LearnedOptimizer, MetaLSTMOptimizer
-from learnedopt.kernels import AGE, blocks
-from learnedopt.kernels.blocked import BlockedBackend
-from learnedopt.kernels.native import NativeBackend
+from learnedopt.rules.coordinates import AGE
+from learnedopt.kernels.core import blocks
+from learnedopt.kernels.core.blocked import BlockedBackend
+from learnedopt.kernels.core.native import NativeBackend
 from learnedopt.rules import MetaLSTMConfig, MetaLSTMRule
 from tests.optim.reference import CASES, Case, TraceRule, same_bits
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,25 +11,36 @@ import torch
 from torch import Tensor
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import AGE, BackendName, Case, blocks, choose, get_backend, read_state, state_layout
-from learnedopt.kernels.workspace import BLOCKS
+from learnedopt.kernels import BackendName, Case, choose, get_backend, read_state, refusal, state_layout
+from learnedopt.kernels.core import blocks
+from learnedopt.kernels.core.workspace import BLOCKS
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
-    EigenbasisConfig,
-    EigenbasisRule,
+    CoordinateLSTM,
     LSTMConfig,
     LSTMRule,
     MetaLSTMConfig,
     MetaLSTMRule,
     RNNpropConfig,
     RNNpropRule,
-    ScheduleFreeLSTMConfig,
-    ScheduleFreeLSTMRule,
+    ScheduleFreeConfig,
+    ScheduleFreeRule,
+    TensorController,
     UpdateRule,
 )
 from tests.kernels.support import whole_codes
-from tests.optim.reference import DTYPES, LAYOUTS, TraceRule, draw_grads, draw_params, same_bits, snapshot, trained
+from tests.optim.reference import (
+    DTYPES,
+    LAYOUTS,
+    TraceRule,
+    draw_grads,
+    draw_params,
+    in_bases,
+    same_bits,
+    snapshot,
+    trained,
+)
 
 CPU = torch.device("cpu")
 RULES: dict[str, Callable[[], UpdateRule]] = {
@@ -47,22 +57,25 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "adam-lstm, one layer": lambda: trained(
         AdamLSTMRule(AdamLSTMConfig(hidden_size=4, num_layers=1, fast_decay=0.5, eps=0.1, max_time=20.0)), scale=0.2
     ),
-    "schedule-free": lambda: trained(ScheduleFreeLSTMRule(), scale=0.2),
+    "schedule-free": lambda: trained(ScheduleFreeRule(ScheduleFreeConfig(CoordinateLSTM())), scale=0.2),
     "schedule-free, one layer": lambda: trained(
-        ScheduleFreeLSTMRule(
-            ScheduleFreeLSTMConfig(
-                hidden_size=5, num_layers=1, momentum_decay=0.5, square_decay=0.9, eps=0.1, max_time=20.0
+        ScheduleFreeRule(
+            ScheduleFreeConfig(
+                CoordinateLSTM(hidden_size=5, num_layers=1),
+                momentum_decay=0.5,
+                square_decay=0.9,
+                eps=0.1,
+                max_time=20.0,
             )
         ),
         scale=0.2,
     ),
-    "schedule-free, no LSTM": lambda: trained(
-        ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0, interpolation=0.5)), scale=0.2
+    "schedule-free, no LSTM": lambda: trained(ScheduleFreeRule(ScheduleFreeConfig(interpolation=0.5)), scale=0.2),
+    "schedule-free, controlled": lambda: trained(
+        ScheduleFreeRule(ScheduleFreeConfig(TensorController(units=3))), scale=0.2
     ),
-    "eigenbasis": lambda: trained(EigenbasisRule(EigenbasisConfig(num_layers=0, settling=3, interval=4)), scale=0.05),
-    "eigenbasis, with an LSTM": lambda: trained(
-        EigenbasisRule(EigenbasisConfig(hidden_size=4, num_layers=1)), scale=0.05
-    ),
+    "eigenbasis": lambda: trained(in_bases(settling=3, interval=4), scale=0.05),
+    "eigenbasis, with an LSTM": lambda: trained(in_bases(layers=1), scale=0.05),
     "rnnprop": lambda: trained(RNNpropRule(), scale=0.2),
     "rnnprop, one layer": lambda: trained(
         RNNpropRule(RNNpropConfig(hidden_size=4, num_layers=1, momentum_decay=0.5, eps=0.1, output_scale=0.01)),
@@ -83,7 +96,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def skip_unless_served(backend: BackendName, case: Case) -> None:
     chosen = get_backend(backend)
-    if reason := chosen.refusal(replace(case, rule=case.rule.rule_for(2))):
+    if reason := refusal(chosen, case):
         pytest.skip(f"{backend}: {reason}")
     try:
         chosen.prepare()
@@ -180,8 +193,9 @@ def test_a_step_from_low_precision_state_is_that_of_the_reference(
     layout = state_layout(rule(), torch.float32, name)  # type: ignore[arg-type]
     for one, two in zip(*(optimizer.param_groups[0]["params"] for optimizer in (other, reference)), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
-        matrices = rule().matrices(one.shape)
-        assert other.state[one].keys() == {*layout, *matrices, *([AGE] if matrices else [])}
+        coordinates = rule().coordinates
+        own = {} if coordinates is None else coordinates.initial(one.shape, None, None)
+        assert other.state[one].keys() == {*layout, *own}
         for entry, spec in layout.items():
             left, right = other.state[one][entry], reference.state[two][entry]
             assert left.dtype == spec.dtype

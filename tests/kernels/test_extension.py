@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from learnedopt.kernels import extension
+from learnedopt.kernels.core import extension
 
-ROOT = Path(extension.__file__).parents[2]
+ROOT = Path(extension.__file__).parents[3]
 PROGRAM = """
-from learnedopt.kernels import extension
+from learnedopt.kernels.core import extension
 reason = extension.why_unavailable()
 if reason is not None:
     try:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from learnedopt.kernels import Case, StateDtype, Tensors, extension, read_state, state_layout, step
-from learnedopt.kernels.base import Backend
-from learnedopt.kernels.native import NativeBackend
-from learnedopt.kernels.reference import ReferenceBackend
+from learnedopt.kernels import Backend, Case, StateDtype, StepOptions, Tensors, read_state, state_layout, step
+from learnedopt.kernels.core import extension
+from learnedopt.kernels.core.native import NativeBackend
+from learnedopt.kernels.core.reference import ReferenceBackend
 from learnedopt.rules import RULES, AdamLSTMRule, LSTMRule, MetaLSTMRule, State, UpdateRule, build_rule
 from tests.kernels.support import whole_codes
 
@@ -70,7 +70,9 @@ def make_problem(
     layout = state_layout(rule, torch.float32, state_dtype)
     states = [
         {
-            name: torch.zeros(spec.shape + (tuple(param.shape) if spec.scope == "coordinate" else ()), dtype=spec.dtype)
+            name: param.to(spec.dtype, copy=True)
+            if spec.starts_at == "param"
+            else torch.zeros(spec.shape + (tuple(param.shape) if spec.scope == "coordinate" else ()), dtype=spec.dtype)
             for name, spec in layout.items()
         }
         for param in params
@@ -93,7 +95,7 @@ def run(problem: Problem, backend: Backend, steps: int, maximize: bool = False) 
     for _ in range(steps):
         grads = gradients(problem.params, generator)
         loss = torch.rand((), generator=generator)
-        step(backend, problem.rule, problem.tensors(grads, maximize), lr=0.7, weight_decay=0.1, loss=loss)
+        step(backend, problem.rule, problem.tensors(grads, maximize), StepOptions(0.7, 0.1, loss))
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -191,9 +193,9 @@ def test_memory_layouts_do_not_matter(
     strided.params[0] = LAYOUTS[of_param](strided.params[0])
     for _ in range(3):
         grads = gradients(plain.params, generator)
-        step(NativeBackend(), rule, plain.tensors(grads), lr=1.0, weight_decay=0.0)
+        step(NativeBackend(), rule, plain.tensors(grads), StepOptions(1.0, 0.0))
         grads[0] = LAYOUTS[of_grad](grads[0])
-        step(NativeBackend(), rule, strided.tensors(grads), lr=1.0, weight_decay=0.0)
+        step(NativeBackend(), rule, strided.tensors(grads), StepOptions(1.0, 0.0))
     for index in range(2):
         assert_close(strided.params[index], plain.params[index], 1e-5)
         for name, value in plain.memory(index).items():
@@ -205,7 +207,7 @@ def test_at_a_learning_rate_of_zero_only_state_changes(kind: str, generator: Gen
     problem = make_problem(make_rule(kind, generator), [(60,)], "float32")
     before = problem.params[0].clone()
     grads = [torch.full((60,), math.nan)]
-    step(NativeBackend(), problem.rule, problem.tensors(grads), lr=0.0, weight_decay=0.1, loss=torch.tensor(1.0))
+    step(NativeBackend(), problem.rule, problem.tensors(grads), StepOptions(0.0, 0.1, torch.tensor(1.0)))
     assert torch.equal(problem.params[0], before)
     assert problem.states[0]["h"].isnan().any()
 
@@ -222,7 +224,7 @@ def test_extreme_gradients_do_what_they_do_to_the_reference(
         for seed in range(2):
             grads = gradients(problem.params, Generator().manual_seed(seed))
             grads[0][50] = value
-            step(backend, rule, problem.tensors(grads), lr=1.0, weight_decay=0.0, loss=torch.tensor(0.5))
+            step(backend, rule, problem.tensors(grads), StepOptions(1.0, 0.0, torch.tensor(0.5)))
     for index in range(2):
         assert_close(native.params[index], reference.params[index], 1e-3)
         for name, values in reference.memory(index).items():
@@ -288,7 +290,7 @@ def test_autograd_is_told_that_parameters_change(generator: Generator) -> None:
     problem.params[0].requires_grad_()
     loss = problem.params[0].square().sum()
     with torch.no_grad():
-        step(NativeBackend(), problem.rule, problem.tensors([torch.ones(5)]), lr=1.0, weight_decay=0.0)
+        step(NativeBackend(), problem.rule, problem.tensors([torch.ones(5)]), StepOptions(1.0, 0.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learnedopt.kernels import StateDtype, keep_state, read_state, state_layout
-from learnedopt.kernels.state import CODES, FINE_CODES, decode, encode
+from learnedopt.kernels.core.state import CODES, FINE_CODES, decode, encode
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
+    CoordinateLSTM,
     LSTMRule,
     MetaLSTMRule,
     RNNpropRule,
-    ScheduleFreeLSTMConfig,
-    ScheduleFreeLSTMRule,
+    ScheduleFreeConfig,
+    ScheduleFreeRule,
     UpdateRule,
 )
 from tests.optim.reference import TraceRule
@@ -42,8 +43,8 @@ def bytes_per_parameter(rule: UpdateRule, state_dtype: StateDtype) -> int:
         (AdamLSTMRule(), {"float32": 332, "bfloat16": 172, "int8": 110}),
         (AdamLSTMRule(AdamLSTMConfig(hidden_size=8)), {"float32": 140, "bfloat16": 76, "int8": 56}),
         (MetaLSTMRule(), {"float32": 168, "bfloat16": 88, "int8": 57}),
-        (ScheduleFreeLSTMRule(), {"float32": 144, "bfloat16": 80, "int8": 60}),
-        (ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0)), {"float32": 16, "bfloat16": 16, "int8": 16}),
+        (ScheduleFreeRule(ScheduleFreeConfig(CoordinateLSTM())), {"float32": 144, "bfloat16": 80, "int8": 60}),
+        (ScheduleFreeRule(), {"float32": 16, "bfloat16": 16, "int8": 16}),
         (RNNpropRule(), {"float32": 328, "bfloat16": 168, "int8": 106}),
     ],
     ids=[
@@ -73,7 +74,13 @@ def test_only_vectors_of_coordinates_are_kept_in_fewer_bits() -> None:
 
 
 def test_what_an_lstm_makes_anew_has_eight_bits_and_what_it_adds_up_has_ten() -> None:
-    for rule in (LSTMRule(), AdamLSTMRule(), MetaLSTMRule(), ScheduleFreeLSTMRule(), RNNpropRule()):
+    for rule in (
+        LSTMRule(),
+        AdamLSTMRule(),
+        MetaLSTMRule(),
+        ScheduleFreeRule(ScheduleFreeConfig(CoordinateLSTM())),
+        RNNpropRule(),
+    ):
         layout = state_layout(rule, torch.float32, "int8")
         assert "c_low" in layout and "h_low" not in layout
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from learnedopt.kernels import extension
-from learnedopt.kernels.training import NativeLSTM, fused
+from learnedopt.kernels.core import extension
+from learnedopt.kernels.lstm_training import NativeLSTM, fused
 from learnedopt.meta import start_episode, unroll
-from learnedopt.rules import ScheduleFreeLSTMConfig, ScheduleFreeLSTMRule, UpdateRule
+from learnedopt.rules import ScheduleFreeRule, UpdateRule
 from learnedopt.rules.recurrent import CoordinatewiseLSTM
 from tests.meta.support import FAMILIES, KINDS, random_rule
 
@@ -248,5 +248,5 @@ def test_the_fused_rule_shares_everything_and_changes_nothing(kind: str) -> None
 
 
 def test_a_rule_without_an_lstm_is_left_as_it_is() -> None:
-    rule = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0))
+    rule = ScheduleFreeRule()
     assert fused(rule) is rule

@@ -17,21 +17,24 @@ import torch
 from torch import Tensor
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import Case, get_backend, state_layout, triton_backend
-from learnedopt.kernels.state import CODES, FINE_CODES
+from learnedopt.kernels import Case, get_backend, state_layout
+from learnedopt.kernels.core import registry, triton_backend
+from learnedopt.kernels.core.state import CODES, FINE_CODES
+from learnedopt.kernels.core.tables import triton_dtype
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
-    EigenbasisConfig,
-    EigenbasisRule,
+    CoordinateLSTM,
+    InEigenbases,
+    InEigenbasesConfig,
     LSTMConfig,
     LSTMRule,
     MetaLSTMConfig,
     MetaLSTMRule,
     RNNpropConfig,
     RNNpropRule,
-    ScheduleFreeLSTMConfig,
-    ScheduleFreeLSTMRule,
+    ScheduleFreeConfig,
+    ScheduleFreeRule,
     UpdateRule,
 )
 from tests.kernels.support import whole_codes
@@ -45,17 +48,17 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
         MetaLSTMConfig(hidden_size=6, gate_feedback="preactivation", gradient_divisor=3.0)
     ),
     "adam-lstm": lambda: AdamLSTMRule(AdamLSTMConfig(hidden_size=8, eps=0.1)),
-    "schedule-free": lambda: ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(interpolation=0.7, eps=0.1)),
-    "schedule-free, no layers": lambda: ScheduleFreeLSTMRule(
-        ScheduleFreeLSTMConfig(num_layers=0, interpolation=0.7, eps=0.1)
-    ),
+    "schedule-free": lambda: ScheduleFreeRule(ScheduleFreeConfig(CoordinateLSTM(), interpolation=0.7, eps=0.1)),
+    "schedule-free, no layers": lambda: ScheduleFreeRule(ScheduleFreeConfig(interpolation=0.7, eps=0.1)),
     "rnnprop": lambda: RNNpropRule(RNNpropConfig(hidden_size=5, eps=0.1)),
     "rnnprop, one layer": lambda: RNNpropRule(RNNpropConfig(num_layers=1, momentum_decay=0.5, eps=0.1)),
 }
 WITH_UNITS = [name for name in RULES if name != "schedule-free, no layers"]
 ALL: dict[str, Callable[[], UpdateRule]] = {
     **RULES,
-    "eigenbasis": lambda: EigenbasisRule(EigenbasisConfig(num_layers=0, eps=0.1, settling=2, interval=2)),
+    "eigenbasis": lambda: InEigenbases(
+        InEigenbasesConfig(ScheduleFreeConfig(eps=0.1, square_decay=0.99), settling=2, interval=2)
+    ),
 }
 SHAPES: tuple[tuple[int, ...], ...] = ((5, 3), (), (0, 2), (7,), (150,))
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-5}
@@ -198,24 +201,26 @@ def test_it_compiles_for_a_gpu_that_is_not_there(name: str) -> None:
     """The interpreter takes much that the compiler does not."""
     triton = pytest.importorskip("triton")
     compiler, backends = map(importlib.import_module, ("triton.compiler", "triton.backends.compiler"))
-    kernel, float32 = triton_backend._kernels().step_kernel, triton_backend._triton_dtype(torch.float32)
+    program: triton_backend.Program = registry.program("triton", RULES[name]())
+    kernel, float32 = program.step_kernel, triton_dtype(torch.float32)
     constants = {
-        **{key: value for key, value in triton_backend._weights(RULES[name]()).settings.items() if key.isupper()},
+        **{key: value for key, value in program.arguments.items() if key.isupper()},
         **dict.fromkeys(("MAXIMIZE", "LR_IN_MEMORY", "SKIP"), True),
         **dict.fromkeys(("PARAM", "GRAD"), float32),
-        "STATE": triton_backend._triton_dtype(torch.int8),
+        "STATE": triton_dtype(torch.int8),
         "CHUNK": triton_backend.CHUNK,
+        "BLOCK": program.block,
     }
-    constants["BLOCK"], warps = triton_backend._at_once(constants["LAYERS"])
+    of_tensors = {key: value.dtype for key, value in program.arguments.items() if isinstance(value, Tensor)}
     types = {
         **dict.fromkeys(kernel.arg_names, "fp32"),
-        **dict.fromkeys(("statistics", "features", "biases", "readout", "lr_at"), "*fp32"),
-        **{"tensors": "*i64", "chunks": "*i64", "recurrent": "*fp16", "below": "*fp16", "skip_at": "*u8"},
-        "num_tensors": "i32",
+        **{key: "*fp16" if dtype == torch.float16 else "*fp32" for key, dtype in of_tensors.items()},
+        **dict.fromkeys(("statistics", "lr_at"), "*fp32"),
+        **{"tensors": "*i64", "chunks": "*i64", "skip_at": "*u8", "num_tensors": "i32"},
         **dict.fromkeys(constants, "constexpr"),
     }
     source = compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": program.warps, "num_stages": 1, "enable_fp_fusion": True}
     assert "ptx" in triton.compile(source, target=backends.GPUTarget("cuda", 90, 32), options=options).asm
 
 
@@ -227,7 +232,7 @@ def test_it_says_what_it_cannot_serve() -> None:
     assert "float64" in str(backend.refusal(Case(LSTMRule(), cuda, torch.float64, "float32")))
     large = LSTMRule(LSTMConfig(hidden_size=65))
     assert "65" in str(backend.refusal(Case(large, cuda, torch.float32, "float32")))
-    bare = ScheduleFreeLSTMRule(ScheduleFreeLSTMConfig(num_layers=0, hidden_size=65))
+    bare = ScheduleFreeRule()
     assert backend.refusal(Case(bare, cuda, torch.float32, "float32")) is None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from learnedopt.kernels import extension
+from learnedopt.kernels.core import extension
 from learnedopt.meta import (
     ES,
     ESTIMATORS,

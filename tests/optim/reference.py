@@ -187,7 +187,9 @@ class ReferenceLoop:
         self.params = [param.detach().clone() for param in params]
         self.states = [
             rule.init_state(
-                Segments([param.numel()], shapes=[param.shape]), self.dtype, param=param.detach().reshape(-1)
+                Segments([param.numel()], shapes=[param.shape]),
+                self.dtype,
+                param=param.detach().to(self.dtype).flatten(),
             )
             for param in params
         ]

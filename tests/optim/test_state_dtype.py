@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import AGE, BackendName, read_state, state_layout
+from learnedopt.kernels import BackendName, read_state, state_layout
 from tests.optim.reference import CASES, LAYOUTS, Case, draw_grads, draw_params, same_bits, snapshot
 from tests.optim.test_state_dict import go_on, through_a_file
 
@@ -44,13 +44,14 @@ def test_state_is_kept_as_asked(case: Case, state_dtype: torch.dtype) -> None:
     layout = state_layout(case.rule(), torch.float32, group["state_dtype"])
     assert state_dtype in {spec.dtype for spec in layout.values()}
     for param in group["params"]:
-        matrices = case.rule().matrices(param.shape)
+        coordinates = case.rule().coordinates
+        own = {} if coordinates is None else coordinates.initial(param.shape, torch.float32, None)
         assert {name: (value.dtype, value.shape) for name, value in optimizer.state[param].items()} == {
             **{
                 name: (spec.dtype, spec.shape + (param.shape if spec.scope == "coordinate" else ()))
                 for name, spec in layout.items()
             },
-            **{name: (torch.float32, shape) for name, shape in {**matrices, **({AGE: ()} if matrices else {})}.items()},
+            **{name: (value.dtype, value.shape) for name, value in own.items()},
         }
 
 

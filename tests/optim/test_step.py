@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import bases, blocks
+from learnedopt.kernels import bases
+from learnedopt.kernels.core import blocks
 from learnedopt.rules import LSTMConfig, LSTMRule, Segments
 from tests.optim.reference import (
     CASES,

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import blocks
+from learnedopt.kernels.core import blocks
 from tests.optim.reference import (
     CASES,
     LAYOUTS,

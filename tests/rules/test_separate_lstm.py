@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import ReferenceBackend, Tensors, step
+from learnedopt.kernels import ReferenceBackend, StepOptions, Tensors, step
 from learnedopt.meta.evolution import PerCopy, flat_weights
 from learnedopt.rules import LSTMRule, Segments, SeparateLSTMConfig, SeparateLSTMRule
 from tests.rules.support import random_rule, random_values, run
@@ -63,7 +63,7 @@ def test_a_step_of_a_backend_knows_kernels_from_the_rest() -> None:
         for one, shape in zip(segments, shapes)
     ]
     tensors = Tensors([param.clone() for param in params], grads, states, torch.float32, "float32", [6, 6, 4])
-    step(ReferenceBackend(), rule, tensors, lr=1.0, weight_decay=0.0)
+    step(ReferenceBackend(), rule, tensors, StepOptions())
     by = (rule.convolutions, rule.others, rule.others)
     for part, before, after, grad, one in zip(by, params, tensors.params, grads, segments, strict=True):
         delta, _ = part.update(before.flatten(), grad.flatten(), part.init_state(one), one)

@@ -16,8 +16,8 @@ from learnedopt.fewshot.evaluate import best_settings
 from learnedopt.fewshot.learner import LearnerShape
 from learnedopt.fewshot.learners.inner_loop import InnerLoopConfig, InnerLoopLearner, Params, Record, flatten, unflatten
 from learnedopt.fewshot.sources import EpisodeList
-from learnedopt.kernels import extension
-from learnedopt.kernels.training import fused
+from learnedopt.kernels.core import extension
+from learnedopt.kernels.lstm_training import fused
 from learnedopt.rules import MetaLSTMConfig, MetaLSTMRule, Segments
 
 PUBLISHED = MetaLSTMConfig()

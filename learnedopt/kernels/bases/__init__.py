@@ -3,6 +3,4 @@
 from learnedopt.kernels.core.registry import register
 from learnedopt.rules import InEigenbases
 
-register(
-    InEigenbases, stepper="learnedopt.kernels.bases.step:step", parts="learnedopt.kernels.bases.step:parts"
-)
+register(InEigenbases, stepper="learnedopt.kernels.bases.step:step", parts="learnedopt.kernels.bases.step:parts")
