@@ -9,9 +9,9 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from learnedopt.evaluation.report import write_report
 from learnedopt.evaluation.tasks import TASK_SETS
 from learnedopt.fewshot import demo as fewshot_demo
 from learnedopt.fewshot.demo import FewShotDemo
-from learnedopt.meta import MetaTrainingError, MetaTrainingRun, launched, load_recipe, overridden
+from learnedopt.meta import MetaTrainingError, launched, load_recipe, overridden
 from learnedopt.rules import UpdateRule
+from learnedopt.runs import Run, bar, lines, polite_signals
 
 _BROKEN_PIPE = 128 + 13  # the number of SIGPIPE, which Windows does not know
 
@@ -345,40 +346,45 @@ def _meta_train(arguments: argparse.Namespace) -> int:
     folder = arguments.out or Path("runs") / recipe.name
     _check_device(arguments.device)
     with launched(arguments.device) as device:
-        run = MetaTrainingRun(recipe, folder, arguments.root, device, arguments.tensorboard)
-        return _train(run, arguments)
+        run = Run(recipe, folder, arguments.root, device, arguments.tensorboard)
+        trainer = run.trainer
+        if trainer.writes:
+            together = f" by {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
+            print(
+                f"{recipe.name}: update {trainer.update} of {trainer.total}, in {folder}; {trainer.backend} "
+                f"backend{together}",
+                flush=True,
+            )
+        received = _drive(run, arguments, with_bar=sys.stderr.isatty())
+        if not trainer.writes:
+            return 128 + received[0] if received else 0
+        if not trainer.finished:
+            again = ["learnedopt", "meta-train", arguments.recipe, "--out", str(folder)]
+            if arguments.root is not None:
+                again += ["--root", str(arguments.root)]
+            if arguments.device != "cpu":
+                again += ["--device", arguments.device]
+            again += arguments.more
+            print(f"stopped at update {trainer.update}, all of it saved; continue with: {shlex.join(again)}")
+        if received:
+            return 128 + received[0]
+        if trainer.best_update:
+            print(f"best validation {trainer.best_score:.4g}, at update {trainer.best_update}")
+        if arguments.export is not None:
+            print(f"exported to {run.export(arguments.export).path}")
+        return 0
 
 
-def _train(run: MetaTrainingRun, arguments: argparse.Namespace) -> int:
-    recipe, folder, trainer = run.recipe, run.folder, run.trainer
-    speaks = trainer.ranks.rank == 0
-    if speaks:
-        together = f" by {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
-        print(
-            f"{recipe.name}: update {trainer.update} of {recipe.training.updates}, in {folder}; {trainer.backend} "
-            f"backend{together}",
-            flush=True,
-        )
-    with _polite_signals() as received, closing(run.run(arguments.time_limit, lambda: bool(received))) as records:
-        for _ in _progress(records, run) if speaks else records:
+def _drive(run: Run[Any, Any], arguments: argparse.Namespace, with_bar: bool = False) -> list[int]:
+    """Train on, showing how it goes; the signals that came."""
+    trainer, say = run.trainer, partial(print, flush=True)
+    with polite_signals() as received, closing(run.run(arguments.time_limit, lambda: bool(received))) as records:
+        shown: Iterator[Any] = records
+        if trainer.writes:
+            shown = bar(records, trainer) if with_bar else lines(records, trainer, say)
+        for _ in shown:
             pass
-    if not speaks:
-        return 128 + received[0] if received else 0
-    if not trainer.finished:
-        again = ["learnedopt", "meta-train", arguments.recipe, "--out", str(folder)]
-        if arguments.root is not None:
-            again += ["--root", str(arguments.root)]
-        if arguments.device != "cpu":
-            again += ["--device", arguments.device]
-        again += arguments.more
-        print(f"stopped at update {trainer.update}, all of it saved; continue with: {shlex.join(again)}")
-    if received:
-        return 128 + received[0]
-    if trainer.best_update:
-        print(f"best validation {trainer.best_score:.4g}, at update {trainer.best_update}")
-    if arguments.export is not None:
-        print(f"exported to {run.export(arguments.export).path}")
-    return 0
+    return received
 
 
 def _fewshot_list(arguments: argparse.Namespace) -> int:
@@ -424,26 +430,20 @@ def _fewshot_train(arguments: argparse.Namespace) -> int:
     _check_device(arguments.device)
     if arguments.export is not None:
         fewshot.check_known(recipe.learner, recipe.backbone)
-    run = fewshot.FewShotRun(recipe, folder, arguments.root, arguments.device)
-    print(f"{recipe.name}: step {run.step} of {training.steps}, in {folder}", flush=True)
-    with _polite_signals() as received, closing(run.run(arguments.time_limit, lambda: bool(received))) as records:
-        for record in records:
-            if record["step"] % 100 == 0 or "validation" in record:
-                validation = f"  validation {record['validation']:.4g}" if "validation" in record else ""
-                print(
-                    f"step {record['step']}  loss {record['loss']:.4g}  {record['seconds']:.0f} s{validation}",
-                    flush=True,
-                )
-    if not run.finished:
-        print(f"stopped at step {run.step}, all of it saved; the same command continues")
+    run = Run(recipe, folder, arguments.root, arguments.device)
+    trainer = run.trainer
+    print(f"{recipe.name}: step {trainer.step} of {trainer.total}, in {folder}", flush=True)
+    received = _drive(run, arguments)
+    if not trainer.finished:
+        print(f"stopped at step {trainer.step}, all of it saved; the same command continues")
     if received:
         return 128 + received[0]
-    if run.skipped:
-        print(f"{run.skipped} step(s) skipped, as their gradient or statistics were not finite")
-    if run.finished and not run.best_step:
+    if trainer.skipped:
+        print(f"{trainer.skipped} step(s) skipped, as their gradient or statistics were not finite")
+    if trainer.finished and not trainer.best_step:
         raise fewshot.TrainingError("no validation had a finite error: lower the learning rates, or clip the gradient")
-    if run.best_step:
-        print(f"best validation {run.best_score:.4g}, at step {run.best_step}")
+    if trainer.best_step:
+        print(f"best validation {trainer.best_score:.4g}, at step {trainer.best_step}")
     if arguments.export is not None:
         print(f"exported to {run.export(arguments.export).path}")
     return 0
@@ -467,69 +467,6 @@ def _fewshot_evaluate(arguments: argparse.Namespace) -> int:
     transductive = "transductive" if result.transductive else "not transductive"
     print(f"{entry.name} on {data}, {setting}: {result} ({result.metric}, {result.n} episodes, {transductive})")
     return 0
-
-
-@contextmanager
-def _polite_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted, for the caller to stop between two updates; a second one acts as usual."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def _progress(records: Iterator[dict[str, Any]], run: MetaTrainingRun) -> Iterator[dict[str, Any]]:
-    """The records, shown as they pass: a bar on a terminal, elsewhere a line every hundred updates."""
-    if sys.stderr.isatty():
-        yield from _bar(records, run)
-        return
-    first, started, steps = run.trainer.update, run.trainer.seconds, 0
-    for record in records:
-        steps += record["steps"]
-        if record["update"] % 100 == 0 or "validation" in record:
-            seconds = max(record["seconds"] - started, 1e-9)
-            speed = (record["update"] - first) / seconds
-            left = (run.recipe.training.updates - record["update"]) / speed / 60
-            validation = f"  validation {record['validation']:.4g}" if "validation" in record else ""
-            print(
-                f"update {record['update']}  meta-loss {record['meta_loss']:.4g}  "
-                f"{speed:.2f} updates/s  {steps / seconds:.0f} inner steps/s  {left:.0f} min left{validation}",
-                flush=True,
-            )
-        yield record
-
-
-def _bar(records: Iterator[dict[str, Any]], run: MetaTrainingRun) -> Iterator[dict[str, Any]]:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("the progress bar needs tqdm: pip install 'learnedopt[train]'") from error
-    validation, started, steps = f"{run.trainer.best_score:.4g}", run.trainer.seconds, 0
-    with tqdm(total=run.recipe.training.updates, initial=run.trainer.update, unit="update") as bar:
-        for record in records:
-            if "validation" in record:
-                validation = f"{record['validation']:.4g}"
-            steps += record["steps"]
-            speed = steps / max(record["seconds"] - started, 1e-9)
-            bar.set_postfix_str(
-                f"meta-loss {record['meta_loss']:.4g}, validation {validation}, {speed:.0f} inner steps/s",
-                refresh=False,
-            )
-            bar.update()
-            yield record
 
 
 def _fail(error: Exception, status: int) -> int:

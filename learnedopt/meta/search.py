@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from learnedopt.meta.base import RuleTrainer
 from learnedopt.meta.evolution import PerCopy, Repeated, flat_weights
-from learnedopt.meta.ranks import Ranks
-from learnedopt.meta.trainer import initial_rule
 from learnedopt.meta.unroll import start_episode, unroll
 from learnedopt.rules import RuleConfig, UpdateRule, build_rule
+from learnedopt.runs import OtherRunError, Record, Stop
 from learnedopt.tasks import Mixture
 from learnedopt.tasks.base import TaskFamily
 
@@ -65,7 +64,7 @@ class SearchConfig:
         return {"kind": "search"} | asdict(self)
 
 
-class Search:
+class Search(RuleTrainer[SearchConfig]):
     r"""Covariance matrix adaptation evolution strategy over whole episodes.
 
     A generation draws one task from each family of a mixture and trains it, in ``copies`` copies, under every setting
@@ -99,8 +98,6 @@ class Search:
     is akin to that of Metz et al. 2022 (arXiv:2211.09760), section 4.1.
     """
 
-    backend = "reference"
-
     def __init__(
         self,
         rule: RuleConfig | UpdateRule,
@@ -110,10 +107,9 @@ class Search:
     ) -> None:
         if not isinstance(family, Mixture):
             raise TypeError(f"a search draws from every family of a Mixture, got {type(family).__name__}")
-        self.config = config
+        super().__init__(rule, config, device)
         self.family = family
-        self.ranks = Ranks()
-        self.rule = initial_rule(rule, config.seed).to(device).requires_grad_(False)
+        self.rule.requires_grad_(False)
         self._places = torch.tensor([place(self.rule, name) for name, _, _ in config.coordinates])
         if len(set(self._places.tolist())) < len(self._places):
             raise ValueError("two of the coordinates are the same weight")
@@ -122,14 +118,11 @@ class Search:
         self._scales = np.array([scale for _, _, scale in config.coordinates])
         self._scores: list[list[float]] = []
         """Of every generation so far, the gain of each of its settings: all that is needed to go on."""
-        self.seconds = 0.0
-        self.best_score = math.inf
         self._restart()
 
     @property
-    def update(self) -> int:
-        """Generations done."""
-        return len(self._scores)
+    def backend(self) -> str:
+        return "reference"
 
     @property
     def best_update(self) -> int:
@@ -141,30 +134,22 @@ class Search:
         """Copies of each task's structure."""
         return self.config.copies
 
-    @property
-    def finished(self) -> bool:
-        """Whether all generations are done."""
-        return self.update >= self.config.updates
-
-    def run(self, time_limit: float = math.inf, stop: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any]]:
+    def records(self, stop: Stop) -> Iterator[Record]:
         """Search on, yielding one record per generation.
 
         A record holds ``update``, ``meta_loss`` (minus the mean gain of the centre of the distribution that the
         generation was drawn from), ``gains`` (that centre's on each task), ``steps`` (inner steps, counted once per
         copy and setting), then of the distribution that came out of it ``std`` (in units of the scales) and ``center``
-        (the weights there, less their start), and ``seconds``. Stops cleanly after ``time_limit`` seconds or when
-        ``stop`` says so.
+        (the weights there, less their start).
         """
-        started, before = time.perf_counter(), self.seconds
         asked = False
         while not (self.finished or asked):
-            asked = any(self.ranks.collect([stop() or time.perf_counter() - started > time_limit]))
+            asked = any(self.ranks.collect([stop()]))
             settings = np.array(self._search.ask())
             tried = np.concatenate([np.zeros((1, len(self._scales))), self._search.mean[None], settings])
             gains = self._gains(tried * self._scales)
             self._tell(settings, gains[:, 2:].mean(0).tolist())
             self.best_score = -float(gains[:, 1].mean())
-            self.seconds = before + time.perf_counter() - started
             yield {
                 "update": self.update,
                 "meta_loss": self.best_score,
@@ -172,7 +157,6 @@ class Search:
                 "std": float(self._search.sigma),
                 "steps": gains.size * self.config.copies * self.config.horizon,
                 "center": [float(value) for value in self._search.mean * self._scales],
-                "seconds": self.seconds,
             }
 
     def best_rule(self) -> UpdateRule:
@@ -193,10 +177,10 @@ class Search:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where another search stood. Raises ``ValueError`` if it had other settings."""
+        """Go on from where another search stood. Raises ``OtherRunError`` if it had other settings."""
         for name, mine in (("config", self.config.to_dict()), ("rule_config", self.rule.config.to_dict())):
             if state.get(name) != mine:
-                raise ValueError(f"the checkpoint was made with another {name}: {state.get(name)}, not {mine}")
+                raise OtherRunError(f"the checkpoint was made with another {name}: {state.get(name)}, not {mine}")
         self._restart()
         for scores in state["scores"]:
             self._tell(np.array(self._search.ask()), scores)
@@ -217,10 +201,12 @@ class Search:
             warnings.simplefilter("ignore")  # about options and plotting, from packages that cma looks for
             self._search: Any = cma.CMAEvolutionStrategy(np.zeros(len(self._scales)), self.config.std, options)
         self._scores = []
+        self.update = 0
 
     def _tell(self, settings: NDArray[np.float64], scores: list[float]) -> None:
         self._search.tell(list(settings), [-score for score in scores])
         self._scores.append(scores)
+        self.update = len(self._scores)
 
     def _weights(self, changes: NDArray[np.float64]) -> Tensor:
         """All meta-parameters of each setting, ``(settings, P)``, for changes of the coordinates."""
