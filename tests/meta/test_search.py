@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from learnedopt.cli import main
-from learnedopt.meta import MetaTrainingRun, Recipe, Search, SearchConfig
+from learnedopt.meta import Recipe, Search, SearchConfig
 from learnedopt.meta.search import _gain, place
 from learnedopt.rules import LSTMConfig, ScheduleFreeLSTMConfig, build_rule
+from learnedopt.runs import Run
 from learnedopt.tasks import Mixture, Quadratics, TaskFamily
 from learnedopt.zoo import load_rule
 
@@ -49,11 +50,11 @@ def test_an_interrupted_search_is_the_uninterrupted_one(tmp_path: Path) -> None:
         return FAMILY
 
     recipe = Recipe("mine", "a search", "quadratics", RULE, replace(CONFIG, updates=4), make, checkpoint_every=1)
-    whole = MetaTrainingRun(recipe, tmp_path / "whole")
+    whole = Run(recipe, tmp_path / "whole")
     expected = [record["center"] for record in whole.run()]
     found = []
     for _ in range(4):
-        part = MetaTrainingRun(recipe, tmp_path / "parts")
+        part = Run(recipe, tmp_path / "parts")
         found += [record["center"] for record in part.run(time_limit=0.0)]
     assert found == expected and part.trainer.finished
     assert whole.export(tmp_path / "zoo").meta_training["settings"]["kind"] == "search"
@@ -61,7 +62,7 @@ def test_an_interrupted_search_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(rule.parameters(), part.trainer.best_rule().parameters()))
     other = replace(recipe, training=replace(CONFIG, updates=4, population=8))
     with pytest.raises(ValueError, match="holds another run"):
-        MetaTrainingRun(other, tmp_path / "parts")
+        Run(other, tmp_path / "parts")
 
 
 def test_the_command_line_runs_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +71,7 @@ def test_the_command_line_runs_a_search(tmp_path: Path, capsys: pytest.CaptureFi
         """
 from learnedopt.meta import Recipe, SearchConfig
 from learnedopt.rules import ScheduleFreeLSTMConfig
+from learnedopt.runs import Run
 from learnedopt.tasks import Mixture, Quadratics
 
 coordinates = (("readout.bias[0]", 0.0, 0.5), ("readout.bias[3]", 0.0, 0.5))
