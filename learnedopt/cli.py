@@ -355,28 +355,18 @@ def _meta_train(arguments: argparse.Namespace) -> int:
                 f"backend{together}",
                 flush=True,
             )
-        received = _drive(run, arguments, with_bar=sys.stderr.isatty())
-        if not trainer.writes:
-            return 128 + received[0] if received else 0
-        if not trainer.finished:
-            again = ["learnedopt", "meta-train", arguments.recipe, "--out", str(folder)]
-            if arguments.root is not None:
-                again += ["--root", str(arguments.root)]
-            if arguments.device != "cpu":
-                again += ["--device", arguments.device]
-            again += arguments.more
-            print(f"stopped at update {trainer.update}, all of it saved; continue with: {shlex.join(again)}")
-        if received:
-            return 128 + received[0]
-        if trainer.best_update:
-            print(f"best validation {trainer.best_score:.4g}, at update {trainer.best_update}")
-        if arguments.export is not None:
-            print(f"exported to {run.export(arguments.export).path}")
-        return 0
+        again = ["learnedopt", "meta-train", arguments.recipe, "--out", str(folder)]
+        if arguments.root is not None:
+            again += ["--root", str(arguments.root)]
+        if arguments.device != "cpu":
+            again += ["--device", arguments.device]
+        how = f"continue with: {shlex.join([*again, *arguments.more])}"
+        status = _drive(run, arguments, how, with_bar=sys.stderr.isatty())
+        return _conclude(run, arguments, trainer.best_update) if status is None else status
 
 
-def _drive(run: Run[Any, Any], arguments: argparse.Namespace, with_bar: bool = False) -> list[int]:
-    """Train on, showing how it goes; the signals that came."""
+def _drive(run: Run[Any, Any], arguments: argparse.Namespace, again: str, with_bar: bool = False) -> int | None:
+    """Train on, showing how it goes, and say how to continue; the exit status, if there is no more to do."""
     trainer, say = run.trainer, partial(print, flush=True)
     with polite_signals() as received, closing(run.run(arguments.time_limit, lambda: bool(received))) as records:
         shown: Iterator[Any] = records
@@ -384,7 +374,19 @@ def _drive(run: Run[Any, Any], arguments: argparse.Namespace, with_bar: bool = F
             shown = bar(records, trainer) if with_bar else lines(records, trainer, say)
         for _ in shown:
             pass
-    return received
+    if trainer.writes and not trainer.finished:
+        print(f"stopped at {trainer.unit} {trainer.done}, all of it saved; {again}")
+    if received:
+        return 128 + received[0]
+    return None if trainer.writes else 0
+
+
+def _conclude(run: Run[Any, Any], arguments: argparse.Namespace, best: int) -> int:
+    if best:
+        print(f"best validation {run.trainer.best_score:.4g}, at {run.trainer.unit} {best}")
+    if arguments.export is not None:
+        print(f"exported to {run.export(arguments.export).path}")
+    return 0
 
 
 def _fewshot_list(arguments: argparse.Namespace) -> int:
@@ -433,20 +435,14 @@ def _fewshot_train(arguments: argparse.Namespace) -> int:
     run = Run(recipe, folder, arguments.root, arguments.device)
     trainer = run.trainer
     print(f"{recipe.name}: step {trainer.step} of {trainer.total}, in {folder}", flush=True)
-    received = _drive(run, arguments)
-    if not trainer.finished:
-        print(f"stopped at step {trainer.step}, all of it saved; the same command continues")
-    if received:
-        return 128 + received[0]
+    status = _drive(run, arguments, "the same command continues")
+    if status is not None:
+        return status
     if trainer.skipped:
         print(f"{trainer.skipped} step(s) skipped, as their gradient or statistics were not finite")
     if trainer.finished and not trainer.best_step:
         raise fewshot.TrainingError("no validation had a finite error: lower the learning rates, or clip the gradient")
-    if trainer.best_step:
-        print(f"best validation {trainer.best_score:.4g}, at step {trainer.best_step}")
-    if arguments.export is not None:
-        print(f"exported to {run.export(arguments.export).path}")
-    return 0
+    return _conclude(run, arguments, trainer.best_step)
 
 
 def _fewshot_evaluate(arguments: argparse.Namespace) -> int:

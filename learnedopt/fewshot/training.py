@@ -390,7 +390,7 @@ class FewShotTrainer(Trainable):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if different := list(_different(state["settings"], self.settings())):
+        if different := list(_different(state.get("settings", {}), self.settings())):
             raise OtherRunError(
                 f"it has other settings ({'; '.join(different)}); continue it with the same, or choose another folder"
             )

@@ -1,7 +1,14 @@
 """How rules are learned."""
 
-from learnedopt.meta.config import CURRICULA, ESTIMATORS, TEACHERS, MetaTrainConfig
-from learnedopt.meta.curriculum import Growing, Stages
+from learnedopt.meta.config import (
+    CURRICULA,
+    ESTIMATORS,
+    TEACHERS,
+    Growing,
+    MetaTrainConfig,
+    SearchConfig,
+    Stages,
+)
 from learnedopt.meta.estimators import Estimate, Estimator, FullBPTT, MetaObjective, TruncatedBPTT
 from learnedopt.meta.evolution import ES, PES, FullES, VarianceMixture
 from learnedopt.meta.imitation import AdamTeacher, Imitation, SGDTeacher, Teacher
@@ -9,7 +16,7 @@ from learnedopt.meta.memory import copies_that_fit
 from learnedopt.meta.objectives import OBJECTIVES, WEIGHTINGS, meta_losses
 from learnedopt.meta.ranks import Ranks, launched
 from learnedopt.meta.recipe import Recipe, load_recipe, overridden
-from learnedopt.meta.search import Search, SearchConfig
+from learnedopt.meta.search import Search
 from learnedopt.meta.trainer import MetaTrainer, MetaTrainingError
 from learnedopt.meta.unroll import Episode, FlatTask, start_episode, unroll
 

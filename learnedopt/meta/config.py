@@ -7,12 +7,47 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from learnedopt.meta.curriculum import Growing, Stages
 from learnedopt.meta.estimators import Estimator, FullBPTT, MetaObjective, TruncatedBPTT
 from learnedopt.meta.evolution import ES, PES, FullES, VarianceMixture
 from learnedopt.meta.imitation import AdamTeacher, Imitation, SGDTeacher, Teacher
 from learnedopt.meta.objectives import OBJECTIVES, WEIGHTINGS
 from learnedopt.tasks.base import Split
+
+
+@dataclass(frozen=True)
+class Growing:
+    """The longest horizon grows linearly from the shortest to its full length."""
+
+    updates: int
+    """Over how many updates."""
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"a curriculum must grow over at least 1 update, got {self.updates}")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Every episode of a stage has its length, rounded up to whole windows; ``horizon`` is not used.
+
+    Validation runs at the length of the next stage. A stage is over after ``patience`` validations without a better
+    one: its best weights go on to the next. The end of the last is the end of training; it has to do better than the
+    one before, whose weights are kept if it does not.
+
+    Source: Chen et al. 2020 (arXiv:2010.09089), section 3.1.
+    """
+
+    lengths: tuple[int, ...]
+    """Inner steps of an episode, stage by stage."""
+    patience: int
+    """Validations without a better one after which a stage is over."""
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"stages must be lengths of at least 1, got {self.lengths}")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
+
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "truncated-bptt": TruncatedBPTT,
@@ -172,6 +207,42 @@ class MetaTrainConfig:
         if self.imitation is not None:
             values["imitation"]["teacher"] = {"kind": kind(self.imitation.teacher)} | values["imitation"]["teacher"]
         return values
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How a few weights of a rule are searched for; all others stay as they start."""
+
+    updates: int
+    """Generations."""
+    coordinates: tuple[tuple[str, float, float], ...]
+    """The weights, such as ``"readout.bias[0]"`` or ``"readout.weight[0,9]"``, each with the value it starts from and
+    its scale: how far from there it may well have to go."""
+    population: int = 12
+    """Settings tried in each generation."""
+    std: float = 0.5
+    """Standard deviation of the first generation, in units of the scales."""
+    horizon: int = 600
+    """Inner steps of an episode."""
+    copies: int = 2
+    """Copies of each structure."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("updates", 1), ("population", 4), ("horizon", 6), ("copies", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0.0 < self.std < math.inf:
+            raise ValueError(f"std must be positive and finite, got {self.std}")
+        if len(self.coordinates) < 2:
+            raise ValueError(f"at least two coordinates are needed, got {len(self.coordinates)}")
+        for name, start, scale in self.coordinates:
+            if not (math.isfinite(start) and 0.0 < scale < math.inf):
+                raise ValueError(f"{name} needs a finite start and a positive, finite scale, got {start} and {scale}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain types; ``kind`` tells them from a :class:`MetaTrainConfig`."""
+        return {"kind": "search"} | asdict(self)
 
 
 def from_flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from learnedopt import zoo
-from learnedopt.meta.config import MetaTrainConfig
-from learnedopt.meta.search import Search, SearchConfig
+from learnedopt.meta.config import MetaTrainConfig, SearchConfig
+from learnedopt.meta.search import Search
 from learnedopt.meta.trainer import MetaTrainer
 from learnedopt.rules import RuleConfig, UpdateRule
 from learnedopt.runs import load_file

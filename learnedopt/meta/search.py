@@ -6,7 +6,6 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learnedopt.meta.base import RuleTrainer
+from learnedopt.meta.config import SearchConfig
 from learnedopt.meta.evolution import PerCopy, Repeated, flat_weights
 from learnedopt.meta.unroll import start_episode, unroll
 from learnedopt.rules import RuleConfig, UpdateRule, build_rule
@@ -26,42 +26,6 @@ _SMOOTHING = 0.95
 _LEAST_SLOPE = 0.04
 _WORST, _BEST = -2.0, 1.5
 _PLACE = re.compile(r"(?P<name>[\w.]+)\[(?P<index>\d+(,\d+)*)\]")
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How a few weights of a rule are searched for; all others stay as they start."""
-
-    updates: int
-    """Generations."""
-    coordinates: tuple[tuple[str, float, float], ...]
-    """The weights, such as ``"readout.bias[0]"`` or ``"readout.weight[0,9]"``, each with the value it starts from and
-    its scale: how far from there it may well have to go."""
-    population: int = 12
-    """Settings tried in each generation."""
-    std: float = 0.5
-    """Standard deviation of the first generation, in units of the scales."""
-    horizon: int = 600
-    """Inner steps of an episode."""
-    copies: int = 2
-    """Copies of each structure."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("updates", 1), ("population", 4), ("horizon", 6), ("copies", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0.0 < self.std < math.inf:
-            raise ValueError(f"std must be positive and finite, got {self.std}")
-        if len(self.coordinates) < 2:
-            raise ValueError(f"at least two coordinates are needed, got {len(self.coordinates)}")
-        for name, start, scale in self.coordinates:
-            if not (math.isfinite(start) and 0.0 < scale < math.inf):
-                raise ValueError(f"{name} needs a finite start and a positive, finite scale, got {start} and {scale}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain types; ``kind`` tells them from a :class:`~learnedopt.meta.MetaTrainConfig`."""
-        return {"kind": "search"} | asdict(self)
 
 
 class Search(RuleTrainer[SearchConfig]):
@@ -98,6 +62,8 @@ class Search(RuleTrainer[SearchConfig]):
     is akin to that of Metz et al. 2022 (arXiv:2211.09760), section 4.1.
     """
 
+    backend = "reference"
+
     def __init__(
         self,
         rule: RuleConfig | UpdateRule,
@@ -109,6 +75,7 @@ class Search(RuleTrainer[SearchConfig]):
             raise TypeError(f"a search draws from every family of a Mixture, got {type(family).__name__}")
         super().__init__(rule, config, device)
         self.family = family
+        self.copies = config.copies
         self.rule.requires_grad_(False)
         self._places = torch.tensor([place(self.rule, name) for name, _, _ in config.coordinates])
         if len(set(self._places.tolist())) < len(self._places):
@@ -121,18 +88,9 @@ class Search(RuleTrainer[SearchConfig]):
         self._restart()
 
     @property
-    def backend(self) -> str:
-        return "reference"
-
-    @property
     def best_update(self) -> int:
         """The generation that the best rule comes out of: the last."""
         return self.update
-
-    @property
-    def copies(self) -> int:
-        """Copies of each task's structure."""
-        return self.config.copies
 
     def records(self, stop: Stop) -> Iterator[Record]:
         """Search on, yielding one record per generation.

@@ -12,10 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from learnedopt.meta.backends import computed
 from learnedopt.meta.base import RuleTrainer
-from learnedopt.meta.config import MetaTrainConfig, from_flat
-from learnedopt.meta.curriculum import Stages
-from learnedopt.meta.pool import Pool
-from learnedopt.meta.validation import Validation
+from learnedopt.meta.config import MetaTrainConfig, Stages, from_flat
+from learnedopt.meta.episodes import Pool, Validation
 from learnedopt.rules import RuleConfig, UpdateRule
 from learnedopt.runs import OtherRunError, Record, Stop
 from learnedopt.tasks.base import TaskFamily
@@ -115,22 +113,15 @@ class MetaTrainer(RuleTrainer[MetaTrainConfig]):
         self._goes_on = isinstance(rule, UpdateRule)
         self.outer = Outer(self.rule, config)
         # Shares its parameters with the rule, so that gradients and updates are the rule's own.
-        self._computed, self._backend = computed(self.rule, config)
+        self._computed, self.backend = computed(self.rule, config)
         self.pool = Pool(self._computed, family, config, self.ranks)
+        self.copies = self.pool.copies
         self._validation = Validation(self.rule, family, config, self.ranks)
         self.stage = 0
         self.skipped = 0
         self.best_update = 0
         self._last_better = 0
         self.best_weights = self.outer.weights()
-
-    @property
-    def backend(self) -> str:
-        return self._backend
-
-    @property
-    def copies(self) -> int:
-        return self.pool.copies
 
     @property
     def finished(self) -> bool:
@@ -188,8 +179,9 @@ class MetaTrainer(RuleTrainer[MetaTrainConfig]):
         Raises:
             OtherRunError: it was made with another configuration, or on tasks of other shapes.
         """
-        if state["rule_config"] != self.rule.config.to_dict():
-            raise OtherRunError(f"the checkpoint trains {state['rule_config']}, this run {self.rule.config.to_dict()}")
+        trained, ours = state.get("rule_config"), self.rule.config.to_dict()
+        if trained != ours:
+            raise OtherRunError(f"the checkpoint trains {trained}, this run {ours}")
         theirs, ours = from_flat(state["config"]), self.config.to_dict()
         if different := sorted(name for name in ours if theirs.get(name) != ours[name]):
             raise OtherRunError(
@@ -199,6 +191,7 @@ class MetaTrainer(RuleTrainer[MetaTrainConfig]):
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.pool.load_state_dict(state)
+        self.copies = self.pool.copies
 
     def _step(self, stop: Stop) -> tuple[Record, bool]:
         """One update: its record, and whether any process is to stop after it."""

@@ -1,11 +1,14 @@
-"""Records shown as they pass."""
+"""While something is trained: records shown as they pass, and signals that stop it."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from learnedopt.runs.folder import Record
-from learnedopt.runs.trainable import Trainable
+from learnedopt.runs.run import Trainable
 
 
 def lines(records: Iterator[Record], trainer: Trainable, say: Callable[[str], None]) -> Iterator[Record]:
@@ -47,3 +50,25 @@ def bar(records: Iterator[Record], trainer: Trainable) -> Iterator[Record]:
 
 def _loss(record: Record, trainer: Trainable) -> str:
     return f"{trainer.loss.replace('_', '-')} {record[trainer.loss]:.4g}"
+
+
+@contextmanager
+def polite_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted, for the caller to stop between two updates; a second one acts as usual."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()

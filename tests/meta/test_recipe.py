@@ -182,20 +182,6 @@ def test_what_had_a_teacher_can_be_exported(teacher: AdamTeacher | SGDTeacher, t
     assert settings["imitation"]["teacher"]["decay_steps"] == teacher.decay_steps
 
 
-def test_tensorboard_shows_the_numbers_of_the_log(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for limit in (0.0, float("inf")):  # stopped and continued
-        list(Run(TINY, tmp_path, tensorboard=True).run(limit))
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    shown = {event.step: event.value for event in events.Scalars("meta_loss")}
-    assert shown == pytest.approx({line["update"]: line["meta_loss"] for line in log}, rel=1e-6)
-    assert [event.step for event in events.Scalars("validation")] == [2, 4]
-
-
 OUTSIDE = '''
 """A rule, a task and a recipe that the package knows nothing of."""
 from dataclasses import dataclass

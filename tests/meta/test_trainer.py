@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +13,20 @@ import pytest
 import torch
 from torch import Generator
 
-from learnedopt import rules, zoo
+from learnedopt import rules
 from learnedopt.meta import (
     Growing,
     Imitation,
     MetaTrainConfig,
     MetaTrainer,
     MetaTrainingError,
-    Recipe,
     Stages,
     TruncatedBPTT,
     VarianceMixture,
     load_recipe,
 )
 from learnedopt.rules import AdamLSTMConfig, LSTMConfig, RuleConfig
-from learnedopt.runs import Run
-from learnedopt.tasks import Logistic, Mixture, Quadratics, TaskFamily
+from learnedopt.tasks import Logistic, Mixture, Quadratics
 from tests.meta.support import SMALL_MLP, Broken, assert_same
 
 RULE = LSTMConfig(hidden_size=3)
@@ -55,97 +50,6 @@ MIXED = MetaTrainConfig(
 FAMILY = Mixture((SMALL_MLP, Quadratics(dimension=4), Logistic()))
 
 
-def recipe(
-    name: str = "tiny", rule: RuleConfig = RULE, training: MetaTrainConfig = SHORT, tasks: TaskFamily | None = None
-) -> Recipe:
-    family = tasks or Quadratics(dimension=3)
-    return Recipe(name, "A rule for tests.", "small problems", rule, training, lambda root: family, checkpoint_every=4)
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def outcome(run: Run[Any, Any]) -> dict[str, Any]:
-    return {key: value for key, value in run.trainer.state_dict().items() if key != "seconds"}
-
-
-def stop_by_time(run: Run[Any, Any]) -> None:
-    list(run.run(time_limit=0.0))
-
-
-def stop_by_leaving(run: Run[Any, Any]) -> None:
-    with closing(run.run()) as records:
-        for _ in zip(range(2), records):
-            pass
-
-
-def stop_by_failing(run: Run[Any, Any]) -> None:
-    """As an interrupt in the middle of an update would: some of it is done and some is not."""
-    trainer = run.trainer
-    assert isinstance(trainer, MetaTrainer)
-    draw, calls = trainer.pool.draw, iter(range(4))
-
-    def interrupted(generator: Generator) -> Any:
-        task = draw(generator)
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return task
-
-    trainer.pool.draw = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        list(run.run())
-
-
-def stop_by_killing(run: Run[Any, Any]) -> None:
-    """Nothing is cleaned up: the last periodic checkpoint remains, and a line of the log that was being written."""
-    records = run.run()
-    for _ in range(5):
-        next(records)
-    checkpoint, text = (run.folder / "checkpoint.pt").read_bytes(), (run.folder / "log.jsonl").read_text()
-    records.close()
-    (run.folder / "checkpoint.pt").write_bytes(checkpoint)
-    (run.folder / "log.jsonl").write_text(text + '{"update": 5, "meta_l')
-
-
-@pytest.fixture(scope="module", params=[RULE, AdamLSTMConfig(hidden_size=2)], ids=lambda rule: rule.kind)
-def mixed(request: pytest.FixtureRequest) -> Recipe:
-    return recipe(rule=request.param, training=MIXED, tasks=FAMILY)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(mixed: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run[Any, Any]:
-    run = Run(mixed, tmp_path_factory.mktemp("run"))
-    list(run.run())
-    return run
-
-
-@pytest.mark.parametrize("stop", [stop_by_time, stop_by_leaving, stop_by_failing, stop_by_killing])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    stop: Callable[[Run[Any, Any]], None], mixed: Recipe, uninterrupted: Run[Any, Any], tmp_path: Path
-) -> None:
-    stop(Run(mixed, tmp_path))
-    stop_by_time(Run(mixed, tmp_path))
-    run = Run(mixed, tmp_path)
-    assert not run.trainer.finished
-    list(run.run())
-    assert run.trainer.update == MIXED.updates
-    assert_same(outcome(run), outcome(uninterrupted))
-    assert log(tmp_path) == log(uninterrupted.folder)
-    assert [line["update"] for line in log(tmp_path)] == list(range(1, MIXED.updates + 1))
-
-
-def test_the_runs_above_have_episodes_of_several_kinds_and_lengths(uninterrupted: Run[Any, Any]) -> None:
-    slots = uninterrupted.trainer.state_dict()["slots"]
-    assert len(slots) == MIXED.pool
-    trainer = MetaTrainer(RULE, FAMILY, MIXED)
-    trainer.update = MIXED.updates
-    generator = Generator().manual_seed(0)
-    assert len({repr(trainer.pool.draw(generator)).split("(")[0] for _ in range(20)}) == 3
-    assert horizons(trainer) == {3, 6, 9, 12}
-
-
 def horizons(trainer: MetaTrainer) -> set[int]:
     generator = Generator().manual_seed(0)
     return {trainer.pool.horizon(generator, trainer.update, trainer.stage) for _ in range(50)}
@@ -162,57 +66,6 @@ def test_the_learning_rate_falls_along_half_a_cosine() -> None:
     config = replace(SHORT, updates=4, learning_rate=1.0, final_learning_rate=0.0)
     rates = [record["learning_rate"] for record in MetaTrainer(RULE, Quadratics(dimension=2), config).run()]
     assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
-
-
-def test_a_finished_run_is_left_as_it_is(uninterrupted: Run[Any, Any], mixed: Recipe) -> None:
-    again = Run(mixed, uninterrupted.folder)
-    assert again.trainer.finished
-    assert list(again.run()) == []
-    assert_same(outcome(Run(mixed, uninterrupted.folder)), outcome(uninterrupted))
-    assert len(log(uninterrupted.folder)) == MIXED.updates
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (recipe(rule=LSTMConfig(hidden_size=4)), "hidden_size': 3.*hidden_size': 4"),
-        (recipe(training=replace(SHORT, copies=2, seed=1)), r"other settings: \['copies', 'seed'\]"),
-        (recipe(name="other"), "a run of the recipe 'tiny', not 'other'"),
-        (recipe(tasks=Quadratics(dimension=5)), "tasks have changed"),
-    ],
-    ids=["rule", "settings", "recipe", "tasks"],
-)
-def test_a_folder_with_another_run_is_refused_and_not_touched(other: Recipe, message: str, tmp_path: Path) -> None:
-    stop_by_time(Run(recipe(), tmp_path))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=message) as raised:
-        Run(other, tmp_path)
-    assert str(tmp_path) in str(raised.value)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("config.json", "[1]"), ("config.json", '{"recipe": "other"}'), ("config.json", "no JSON"), ("log.jsonl", "mine")],
-)
-def test_files_that_are_not_a_runs_stay_as_they_are(name: str, content: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"has a {name} that is not of a run of tiny: choose another folder"):
-        Run(recipe(), tmp_path)
-    assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "foreign"])
-def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
-    stop_by_time(Run(recipe(), tmp_path))
-    file = tmp_path / "checkpoint.pt"
-    data = file.read_bytes()
-    if damage == "foreign":
-        torch.save({"model": torch.ones(2)}, file)
-    else:
-        file.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "noise": b"no checkpoint at all"}[damage])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} is damaged.*remove it to start anew"):
-        Run(recipe(), tmp_path)
 
 
 def test_validation_is_the_same_at_every_call_and_leaves_training_alone() -> None:
@@ -325,24 +178,6 @@ def test_second_order_training_runs_and_differs() -> None:
     first, second = ([record["meta_loss"] for record in trainer.run()] for trainer in trainers)
     assert first[0] == pytest.approx(second[0])
     assert first != second
-
-
-def test_export_writes_the_best_rule(uninterrupted: Run[Any, Any], mixed: Recipe, tmp_path: Path) -> None:
-    entry = uninterrupted.export(tmp_path)
-    assert isinstance(uninterrupted.trainer, MetaTrainer)
-    assert entry.name == mixed.name
-    assert_same(dict(zoo.load_rule(entry.path).state_dict()), uninterrupted.trainer.best_weights)
-    assert entry.meta_training["best_update"] == uninterrupted.trainer.best_update
-    (entry.path / "card.md").write_text("# tiny\n\nWritten by hand.\n")
-    assert "by hand" in uninterrupted.export(tmp_path).card
-
-
-def test_nothing_is_exported_before_a_validation(tmp_path: Path) -> None:
-    run = Run(recipe(), tmp_path / "run")
-    stop_by_time(run)
-    with pytest.raises(ValueError, match=r"none of the 1 update\(s\) so far ended in a validation"):
-        run.export(tmp_path / "zoo")
-    assert not (tmp_path / "zoo").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""The episodes that are under way."""
+"""Episodes: those that are under way in training, and those of validation."""
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,19 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from learnedopt.meta.backends import computed
 from learnedopt.meta.config import MetaTrainConfig
 from learnedopt.meta.estimators import Estimator
 from learnedopt.meta.memory import copies_that_fit
+from learnedopt.meta.objectives import meta_losses
 from learnedopt.meta.ranks import Ranks
-from learnedopt.meta.unroll import Episode
+from learnedopt.meta.unroll import Episode, start_episode, unroll
 from learnedopt.rules import UpdateRule
 from learnedopt.runs import OtherRunError
 from learnedopt.tasks.base import Task, TaskFamily
 
 _SAVED = ("theta", "loss", "grad", "initial_loss")
-TRAINING, VALIDATION = 0, 1
+_TRAINING, _VALIDATION = 0, 1
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Pool:
         self, serial: int, update: int, stage: int, horizon: int | None = None, imitates: bool | None = None
     ) -> Slot:
         """An episode from its number and when it begins; what depends on when it began as well can be given."""
-        generator = seeded(self._config.seed, TRAINING, serial)
+        generator = _seeded(self._config.seed, _TRAINING, serial)
         task = self.draw(generator)
         drawn = self.horizon(generator, update, stage), self._imitates(generator, update)
         horizon = drawn[0] if horizon is None else horizon
@@ -155,7 +158,40 @@ class Pool:
         return min(self._ranks.collect([copies_that_fit(self._rule, self._family, self._config)]))
 
 
-def seeded(*key: int) -> Generator:
+class Validation:
+    """A rule of its own that takes given weights and runs on fixed fresh tasks, whose seeds are not those of training.
+
+    Args:
+        rule: What is trained; it is copied.
+        family: Where tasks are drawn from.
+        config: How many of them, and what their losses count.
+        ranks: The processes that share them.
+    """
+
+    def __init__(self, rule: UpdateRule, family: TaskFamily, config: MetaTrainConfig, ranks: Ranks) -> None:
+        self._family, self._config, self._ranks = family, config, ranks
+        self._rule = copy.deepcopy(rule)
+        self._computed, _ = computed(self._rule, config)
+
+    def score(self, weights: dict[str, Tensor], horizon: int) -> float:
+        """Mean over the tasks of the final loss: the last tenth of the steps, in the meta-objective."""
+        config, rule = self._config, self._computed
+        self._rule.load_state_dict(weights)
+        scores = []
+        with torch.no_grad():
+            for index in self._ranks.mine(config.validation_episodes):
+                generator = _seeded(config.seed, _VALIDATION, index)
+                task = self._family.draw(generator, config.validation_copies)
+                episode = start_episode(rule, task, generator)
+                losses, _ = unroll(rule, episode, horizon, generator, split=config.split)
+                tail = losses[-max(1, horizon // 10) :]
+                score = meta_losses(tail, episode.initial_loss, config.objective).mean().item()
+                scores.append(score if math.isfinite(score) else math.inf)
+        scores = self._ranks.collect(scores)
+        return sum(scores) / len(scores)
+
+
+def _seeded(*key: int) -> Generator:
     """A generator for one purpose: streams of different keys have nothing to do with each other."""
     return Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
