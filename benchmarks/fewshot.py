@@ -34,10 +34,11 @@ from learnedopt.fewshot import (
     EpisodeShape,
     Evaluation,
     FewShotRecipe,
-    FewShotRun,
     FewShotTask,
+    FewShotTrainer,
     Learner,
     LearnerConfig,
+    LearnerEntry,
     check_frozen,
     episode_source,
     evaluate,
@@ -46,6 +47,9 @@ from learnedopt.fewshot import (
 )
 from learnedopt.fewshot.learners import FinetuneConfig, NearestNeighbourConfig
 from learnedopt.fewshot.learners.embedding import EmbeddingLearner
+from learnedopt.runs import Run
+
+FewShotRun = Run[FewShotTrainer, LearnerEntry]
 
 RESULTS = Path(__file__).parent / "results"
 _COMMON = 600
@@ -362,7 +366,7 @@ def opened(folder: Path, recipe: FewShotRecipe, root: Path | None) -> FewShotRun
     settings = json.loads((folder / "config.json").read_text())
     seed = int(folder.name.rpartition("-seed")[2])
     training = replace(recipe.training, seed=seed, steps=settings["training"]["steps"])
-    return FewShotRun(replace(recipe, training=training, start=settings.get("start", "")), folder, root)
+    return Run(replace(recipe, training=training, start=settings.get("start", "")), folder, root)
 
 
 def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, int, FewShotRun]]:
@@ -392,11 +396,11 @@ def train(arguments: argparse.Namespace) -> None:
             if seed and (before / "checkpoint.pt").exists():
                 entry = opened(before, recipes[recipe.start], arguments.root).export(arguments.runs / f"seed{seed}")
                 recipe = replace(recipe, start=str(entry.path))
-            run = FewShotRun(recipe, arguments.runs / f"{name}-seed{seed}", arguments.root)
+            run = Run(recipe, arguments.runs / f"{name}-seed{seed}", arguments.root)
             for record in run.run(arguments.time_limit):
                 if "validation" in record:
                     print(f"{name}, seed {seed}: {json.dumps(record)}", flush=True)
-            print(f"{name}, seed {seed}: {run.step} of {recipe.training.steps} steps", flush=True)
+            print(f"{name}, seed {seed}: {run.trainer.step} of {recipe.training.steps} steps", flush=True)
 
 
 def judge(arguments: argparse.Namespace) -> None:
@@ -410,16 +414,16 @@ def judge(arguments: argparse.Namespace) -> None:
     results["torch"] = str(torch.__version__)
     entries = results.setdefault("entries", {})
     for name, seed, run in runs(arguments):
-        if not run.best_step:
-            print(f"{name}, seed {seed}: no validation yet, after {run.step} steps", flush=True)
+        if not run.trainer.best_step:
+            print(f"{name}, seed {seed}: no validation yet, after {run.trainer.step} steps", flush=True)
             continue
         settings = {
             "recipe": name,
             "seed": seed,
-            "step": run.step,
-            "steps": run.recipe.training.steps,
-            "best_step": run.best_step,
-            "seconds": round(run.seconds),
+            "step": run.trainer.step,
+            "steps": run.trainer.recipe.training.steps,
+            "best_step": run.trainer.best_step,
+            "seconds": round(run.trainer.seconds),
             "commit": run.commit,
         }
         found = sinusoid_results(run, arguments) if name.startswith("sinusoid") else image_results(run, arguments)
@@ -438,15 +442,15 @@ def judge(arguments: argparse.Namespace) -> None:
 
 def image_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator[tuple[str, str, Evaluation]]:
     """Every row and setting that a run serves."""
-    best = run.best_learner()
-    classes = load_classes(run.recipe.data, "test", arguments.root)
-    validation = load_classes(run.recipe.data, "validation", arguments.root)
+    best = run.trainer.best_learner()
+    classes = load_classes(run.trainer.recipe.data, "test", arguments.root)
+    validation = load_classes(run.trainer.recipe.data, "validation", arguments.root)
     for row in (row for table in TABLES.values() for row in table.rows):
-        if run.recipe.name not in row.recipes.values():
+        if run.trainer.recipe.name not in row.recipes.values():
             continue
         learner, images = on_features(as_row(row, run, best), classes)
         for (ways, shots), name in row.recipes.items():
-            if name == run.recipe.name and ways in arguments.ways and shots in arguments.shots:
+            if name == run.trainer.recipe.name and ways in arguments.ways and shots in arguments.shots:
                 check_frozen(FewShotTask(classes, ways, shots, 15))
                 episodes = FewShotTask(images, ways, shots, 15).frozen(arguments.episodes)
                 # What a method leaves to validation is chosen for each setting apart, on equally many queries.
@@ -477,9 +481,13 @@ def as_row(row: Row, run: FewShotRun, best: Learner) -> Learner:
     if row.learner is None:
         return best.with_config(**row.changes)
     # The network alone, where the weights are of a method that has more, or another read-out.
-    learner = row.learner.build(run.recipe.backbone, best.shape).eval()
+    learner = row.learner.build(run.trainer.recipe.backbone, best.shape).eval()
     own = learner.state_dict()
-    shared = {name: value for name, value in run.best_weights.items() if name in own and own[name].shape == value.shape}
+    shared = {
+        name: value
+        for name, value in run.trainer.best_weights.items()
+        if name in own and own[name].shape == value.shape
+    }
     assert all(name in shared for name, _ in learner.named_parameters() if name.startswith("model.backbone."))
     learner.load_state_dict(own | shared)
     return learner
@@ -487,8 +495,8 @@ def as_row(row: Row, run: FewShotRun, best: Learner) -> Learner:
 
 def sinusoid_results(run: FewShotRun, arguments: argparse.Namespace) -> Iterator[tuple[str, str, Evaluation]]:
     """Shots, and steps of evaluation where the method leaves them free."""
-    (label,) = (label for label, name in SINUSOID if name == run.recipe.name)
-    best = run.best_learner()
+    (label,) = (label for label, name in SINUSOID if name == run.trainer.recipe.name)
+    best = run.trainer.best_learner()
     fixed = best.config.kind == "meta_lstm"
     for shots in SINUSOID_SHOTS:
         episodes = episode_source("sinusoid", EpisodeShape(shots=shots, queries=100), "test").frozen(arguments.episodes)

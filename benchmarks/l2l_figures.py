@@ -48,8 +48,8 @@ from learnedopt.data import ImageData, mnist
 from learnedopt.evaluation import Estimate, bootstrap, paired_ratio, share_below
 from learnedopt.evaluation.statistics import mean, median
 from learnedopt.meta import MetaTrainConfig, SGDTeacher, load_recipe
-from learnedopt.meta.recipe import source_commit
 from learnedopt.optim import LearnedOptimizer
+from learnedopt.runs import source_commit
 from learnedopt.tasks import MLPClassification, Quadratics, TaskFamily
 from learnedopt.zoo import load_rule, rule_fingerprint
 

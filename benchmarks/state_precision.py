@@ -34,8 +34,8 @@ from learnedopt.data import mnist
 from learnedopt.evaluation import bootstrap, paired_ratio
 from learnedopt.evaluation.statistics import Values, mean, median
 from learnedopt.kernels import BackendName, state_layout
-from learnedopt.meta.recipe import source_commit
 from learnedopt.optim import LearnedOptimizer
+from learnedopt.runs import source_commit
 from learnedopt.tasks import (
     Autoencoder,
     CharAttention,

@@ -43,9 +43,9 @@ from torch.optim import Adam, Optimizer
 
 import learnedopt
 from learnedopt.kernels import Case, choose, get_backend
-from learnedopt.meta.recipe import source_commit
 from learnedopt.optim import LearnedOptimizer
 from learnedopt.rules import LSTMRule, UpdateRule, log_sign
+from learnedopt.runs import source_commit
 from learnedopt.zoo import load_rule
 
 K = TypeVar("K")

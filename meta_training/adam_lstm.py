@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from learnedopt.meta import MetaTrainConfig, Recipe
+from learnedopt.meta import Growing, MetaTrainConfig, Recipe
 from learnedopt.rules import AdamLSTMConfig
 from learnedopt.tasks import (
     Autoencoder,
@@ -49,7 +49,7 @@ RECIPE = Recipe(
         updates=14_000,
         unroll_length=20,
         horizon=(60, 2000),
-        curriculum_updates=8_000,
+        curriculum=Growing(8_000),
         pool=16,
         copies=4,
         objective="log_ratio",

@@ -21,7 +21,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from learnedopt.data import mnist
-from learnedopt.meta import AdamTeacher, Imitation, MetaTrainConfig, Recipe, TruncatedBPTT
+from learnedopt.meta import AdamTeacher, Imitation, MetaTrainConfig, Recipe, Stages, TruncatedBPTT
 from learnedopt.rules import LSTMConfig
 from learnedopt.tasks import MLPClassification, TaskFamily
 
@@ -40,13 +40,11 @@ RECIPE = Recipe(
     training=MetaTrainConfig(
         updates=4_000,
         unroll_length=20,
-        stages=(100, 200, 500, 1000, 1500),
-        patience=1,
+        curriculum=Stages((100, 200, 500, 1000, 1500), patience=1),
         pool=10,
         objective="log_ratio",
         estimator=TruncatedBPTT(second_order=False),
-        imitation=Imitation(AdamTeacher(lr=0.01)),
-        imitation_share=0.3,
+        imitation=Imitation(AdamTeacher(lr=0.01), share=0.3),
         learning_rate=1e-3,
         final_learning_rate=1e-4,
         clip_norm=1.0,

@@ -12,7 +12,21 @@ import pytest
 import learnedopt
 
 PACKAGE = Path(learnedopt.__file__).parent
-ROOMS = ("rules", "kernels", "storage", "zoo", "optim", "data", "tasks", "meta", "fewshot", "evaluation", "demo", "cli")
+ROOMS = (
+    "runs",
+    "rules",
+    "kernels",
+    "storage",
+    "zoo",
+    "optim",
+    "data",
+    "tasks",
+    "meta",
+    "fewshot",
+    "evaluation",
+    "demo",
+    "cli",
+)
 """Each may import from those before it."""
 DOORS = {"__init__": "optim", "__main__": "cli"}
 """Files that belong to no room, and the last room they may import from."""

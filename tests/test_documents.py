@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from learnedopt import zoo
-from learnedopt.meta import ESTIMATORS, MetaTrainingRun, load_recipe
+from learnedopt.meta import ESTIMATORS, load_recipe
+from learnedopt.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +33,7 @@ def test_the_recipe_of_a_document_trains(document: str, name: str, tmp_path: Pat
     file.write_text(blocks[0])
     recipe = load_recipe(file)
     assert recipe.name == name
-    records = list(MetaTrainingRun(recipe, tmp_path / "run").run(time_limit=0.0))
+    records = list(Run(recipe, tmp_path / "run").run(time_limit=0.0))
     assert [record["update"] for record in records] == [1]
 
 

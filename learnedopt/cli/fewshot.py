@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from learnedopt import fewshot
 from learnedopt.cli.demos import add_fewshot_demo
-from learnedopt.cli.shared import add_command, check_device, polite_signals
+from learnedopt.cli.shared import add_command, check_device, conclude, drive
+from learnedopt.runs import Run
 
 
 def add(commands: Any) -> None:
@@ -75,34 +75,21 @@ def fewshot_train(arguments: argparse.Namespace) -> int:
     recipe = fewshot.load_fewshot_recipe(arguments.recipe)
     changes = {name: getattr(arguments, name) for name in ("seed", "steps") if getattr(arguments, name) is not None}
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
-    training = recipe.training
-    folder = arguments.out or Path("runs") / f"{recipe.name}-seed{training.seed}"
+    folder = arguments.out or Path("runs") / f"{recipe.name}-seed{recipe.training.seed}"
     check_device(arguments.device)
     if arguments.export is not None:
         fewshot.check_known(recipe.learner, recipe.backbone)
-    run = fewshot.FewShotRun(recipe, folder, arguments.root, arguments.device)
-    print(f"{recipe.name}: step {run.step} of {training.steps}, in {folder}", flush=True)
-    with polite_signals() as received, closing(run.run(arguments.time_limit, lambda: bool(received))) as records:
-        for record in records:
-            if record["step"] % 100 == 0 or "validation" in record:
-                validation = f"  validation {record['validation']:.4g}" if "validation" in record else ""
-                print(
-                    f"step {record['step']}  loss {record['loss']:.4g}  {record['seconds']:.0f} s{validation}",
-                    flush=True,
-                )
-    if not run.finished:
-        print(f"stopped at step {run.step}, all of it saved; the same command continues")
-    if received:
-        return 128 + received[0]
-    if run.skipped:
-        print(f"{run.skipped} step(s) skipped, as their gradient or statistics were not finite")
-    if run.finished and not run.best_step:
+    run = Run(recipe, folder, arguments.root, arguments.device)
+    trainer = run.trainer
+    print(f"{recipe.name}: step {trainer.step} of {trainer.total}, in {folder}", flush=True)
+    status = drive(run, arguments, "the same command continues")
+    if status is not None:
+        return status
+    if trainer.skipped:
+        print(f"{trainer.skipped} step(s) skipped, as their gradient or statistics were not finite")
+    if trainer.finished and not trainer.best_step:
         raise fewshot.TrainingError("no validation had a finite error: lower the learning rates, or clip the gradient")
-    if run.best_step:
-        print(f"best validation {run.best_score:.4g}, at step {run.best_step}")
-    if arguments.export is not None:
-        print(f"exported to {run.export(arguments.export).path}")
-    return 0
+    return conclude(run, arguments, trainer.best_step)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

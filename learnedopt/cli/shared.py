@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
+
+from learnedopt.runs import Run, bar, lines, polite_signals
 
 
 def add_command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], help: str) -> Any:
@@ -27,23 +28,26 @@ def check_device(device: str) -> None:
         raise ValueError(f"cannot train on device {device!r}: {error}") from error
 
 
-@contextmanager
-def polite_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted, for the caller to stop between two updates; a second one acts as usual."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def drive(run: Run[Any, Any], arguments: argparse.Namespace, again: str, with_bar: bool = False) -> int | None:
+    """Train on, showing how it goes, and say how to continue; the exit status, if there is no more to do."""
+    trainer, say = run.trainer, partial(print, flush=True)
+    with polite_signals() as received, closing(run.run(arguments.time_limit, lambda: bool(received))) as records:
+        shown: Iterator[Any] = records
+        if trainer.writes:
+            shown = bar(records, trainer) if with_bar else lines(records, trainer, say)
+        for _ in shown:
+            pass
+    if trainer.writes and not trainer.finished:
+        print(f"stopped at {trainer.unit} {trainer.done}, all of it saved; {again}")
+    if received:
+        return 128 + received[0]
+    return None if trainer.writes else 0
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        restore()
+def conclude(run: Run[Any, Any], arguments: argparse.Namespace, best: int) -> int:
+    """Say what the best was, and export it where that was asked for; the exit status."""
+    if best:
+        print(f"best validation {run.trainer.best_score:.4g}, at {run.trainer.unit} {best}")
+    if arguments.export is not None:
+        print(f"exported to {run.export(arguments.export).path}")
+    return 0

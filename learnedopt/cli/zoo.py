@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from learnedopt import fewshot, zoo
 from learnedopt.cli.fewshot import fewshot_train
 from learnedopt.cli.meta_train import meta_train, training_options

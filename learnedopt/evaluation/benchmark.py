@@ -34,7 +34,7 @@ from learnedopt.evaluation.contenders import Contender, Setting, find_contender
 from learnedopt.evaluation.measurement import Measurements, Problems, step_cost, train
 from learnedopt.evaluation.records import Record, decode, encode
 from learnedopt.evaluation.tasks import BenchmarkTask, find_tasks
-from learnedopt.meta.recipe import source_commit
+from learnedopt.runs import source_commit
 
 YARDSTICK = "adam"
 """Whose envelope over learning rates the normalized speed-up is measured by."""

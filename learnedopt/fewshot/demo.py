@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -21,7 +20,7 @@ from learnedopt.fewshot.learners import (
     NearestNeighbourConfig,
     ProtoNetConfig,
 )
-from learnedopt.fewshot.training import EpisodeShape, FewShotRecipe, FewShotRun, FewShotTrainConfig, episode_source
+from learnedopt.fewshot.training import EpisodeShape, FewShotRecipe, FewShotTrainConfig, episode_source
 from learnedopt.rules import MetaLSTMConfig
 
 
@@ -81,19 +80,18 @@ def methods(demo: FewShotDemo) -> list[tuple[str, FewShotRecipe]]:
 
 
 def compare(demo: FewShotDemo, name: str, recipe: FewShotRecipe) -> list[Result]:
-    """Train one method in a folder that is removed again, and judge it on the frozen test episodes."""
-    with TemporaryDirectory() as folder:
-        run = FewShotRun(recipe, folder)
-        for _ in run.run():
-            pass
+    """Train one method, and judge it on the frozen test episodes."""
+    trainer = recipe.trainer()
+    for _ in trainer.run():
+        pass
     episodes = episode_source(demo.data, demo.test, "test").frozen(demo.episodes)
-    learner = run.best_learner()
-    results = [Result(name, evaluate(learner, episodes), run.step, run.seconds)]
+    learner = trainer.best_learner()
+    results = [Result(name, evaluate(learner, episodes), trainer.step, trainer.seconds)]
     if isinstance(recipe.learner, FinetuneConfig):
-        shape = LearnerShape(run.source.source.example_shape, demo.test.ways, run.source.source.num_classes)
+        shape = LearnerShape(trainer.source.source.example_shape, demo.test.ways, trainer.source.source.num_classes)
         neighbour = NearestNeighbourConfig().build(demo.backbone, shape, torch.Generator().manual_seed(0))
-        neighbour.load_state_dict(run.best_weights)
-        results.append(Result("nearest neighbour", evaluate(neighbour, episodes), run.step, run.seconds))
+        neighbour.load_state_dict(trainer.best_weights)
+        results.append(Result("nearest neighbour", evaluate(neighbour, episodes), trainer.step, trainer.seconds))
     return results
 
 

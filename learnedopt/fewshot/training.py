@@ -1,15 +1,14 @@
-"""Training a learner on episodes: recipes, and runs of them that can be interrupted and trusted."""
+"""Training a learner on episodes, by recipes."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,16 +19,7 @@ from learnedopt.fewshot.entries import LearnerEntry, learner_info, load_learner,
 from learnedopt.fewshot.evaluate import evaluate
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
 from learnedopt.fewshot.sources import EpisodeSource, FewShotTask, Sinusoid, TrainingSource
-from learnedopt.meta.recipe import (
-    check_folder,
-    hardware,
-    load_file,
-    read_checkpoint,
-    source_commit,
-    truncate_log,
-    write_checkpoint,
-    write_config,
-)
+from learnedopt.runs import OtherRunError, Record, Stop, Trainable, load_file
 
 
 class TrainingError(RuntimeError):
@@ -116,6 +106,55 @@ class FewShotRecipe:
     start: str = ""
     """A trained learner, a name in the zoo or a folder, with whose backbone training begins, and with a read-out of
     zeros; "" for random weights."""
+    activity: ClassVar[str] = "few-shot training"
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between checkpoints."""
+        return self.training.checkpoint_every
+
+    def trainer(
+        self, root: Path | None = None, device: torch.device | str = "cpu", state: dict[str, Any] | None = None
+    ) -> FewShotTrainer:
+        """What trains the learner, from the beginning or from its state.
+
+        Raises:
+            ValueError: the backbone that training is to begin with is another network.
+            OtherRunError: the state is of other settings.
+            ZooError: the learner that training is to begin with cannot be loaded.
+        """
+        trainer = FewShotTrainer(self, root, device)
+        if state is not None:
+            trainer.load_state_dict(state)
+        elif self.start:
+            trainer.begin()
+        return trainer
+
+    def export(self, trainer: FewShotTrainer, folder: Path, card: str, made: Mapping[str, Any]) -> LearnerEntry:
+        """Write the best learner so far as an entry of the zoo; ``made`` says where and when it was made.
+
+        Raises:
+            ValueError: there has been no validation yet.
+        """
+        return save_learner(
+            trainer.best_learner(),
+            folder,
+            name=self.name,
+            description=self.description,
+            backbone=self.backbone,
+            card=card,
+            training={
+                "data": self.data,
+                "train": asdict(self.train),
+                "test": asdict(self.test),
+                "settings": asdict(self.training),
+                **({"start": self.start} if self.start else {}),
+                "steps": trainer.step,
+                "best_step": trainer.best_step,
+                "best_validation": trainer.best_score,
+                **made,
+            },
+        )
 
 
 def load_recipes(source: str | os.PathLike[str] = "meta_training/fewshot") -> dict[str, FewShotRecipe]:
@@ -176,34 +215,25 @@ def episode_source(
     return FewShotTask(load_classes(data, part, root), shape.ways, shape.shots, shape.queries)
 
 
-class FewShotRun:
-    """A recipe being run in a folder: ``config.json``, ``log.jsonl``, ``checkpoint.pt``.
-
-    A folder that holds a checkpoint is continued from it; the outcome is bit for bit that of a run without
-    interruption (on the same machine and number of threads).
+class FewShotTrainer(Trainable):
+    """Trains a learner by a recipe; deterministic, and resumable bit for bit.
 
     Args:
-        recipe: What to run.
-        folder: Where; created if need be.
+        recipe: What to train.
         root: Folder of downloaded data.
         device: Where to train.
-
-    Raises:
-        ValueError: the folder's checkpoint is of another recipe, was made with other settings, or cannot be read; or
-            the folder holds something else under the names of a run's files; or the backbone that training is to
-            begin with is another network.
-        ZooError: the learner that training is to begin with cannot be loaded.
     """
+
+    unit: ClassVar[str] = "step"
+    loss: ClassVar[str] = "loss"
 
     def __init__(
         self,
         recipe: FewShotRecipe,
-        folder: str | os.PathLike[str],
         root: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.recipe = recipe
-        self.folder = Path(folder)
         config = recipe.training
         source = episode_source(recipe.data, recipe.train, "train", root)
         self._device = torch.device(device)
@@ -217,75 +247,32 @@ class FewShotRun:
         self.optimizer: torch.optim.Optimizer = make(self.learner.parameters(), lr=config.learning_rate)
         self.step = 0
         self.skipped = 0
-        self.seconds = 0.0
         self.best_score = -math.inf
         self.best_step = 0
-        self._checkpoint = self.folder / "checkpoint.pt"
-        if recipe.start and not self._checkpoint.exists():
-            self._begin_with(recipe.start)
         self.best_weights = self._weights()
-        self.commit = source_commit()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self._checkpoint.exists():
-            self._resume()
-        else:
-            check_folder(self.folder, recipe.name)
-        settings = {"commit": self.commit, "device": str(device), **self._settings()}
-        write_config(self.folder / "config.json", settings)
 
     @property
-    def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= self.recipe.training.steps
+    def done(self) -> int:
+        return self.step
 
-    def run(self, time_limit: float = math.inf, stop: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any]]:
-        """Train on, yielding one record per step, each also a line of ``log.jsonl``.
+    @property
+    def total(self) -> int:
+        return self.recipe.training.steps
 
-        A record holds ``step``, ``loss``, ``seconds`` (of training so far, over all sittings), and after a validation
-        ``validation`` (mean accuracy, or minus the median squared error) and ``best``. A checkpoint is written every
-        ``checkpoint_every`` steps and at the end, also when the caller stops early (closes the generator).
+    def records(self, stop: Stop) -> Iterator[Record]:
+        """Train on, yielding one record per step; stop before the one where ``stop`` says so.
 
-        Args:
-            time_limit: Stop cleanly after the step during which this many seconds have passed.
-            stop: Asked once in every step; stop cleanly where it says so.
+        A record holds ``step``, ``loss``, and after a validation ``validation`` (mean accuracy, or minus the median
+        squared error) and ``best``.
 
         Raises:
             TrainingError: more than ``max_skipped`` steps were skipped.
         """
-        config = self.recipe.training
-        truncate_log(self.folder / "log.jsonl", self.step)
-        started, before = time.perf_counter(), self.seconds
-        with (self.folder / "log.jsonl").open("a") as log:
-            try:
-                while not (self.finished or stop() or time.perf_counter() - started > time_limit):
-                    record: dict[str, Any] = {"step": self.step + 1, "loss": self._step()}
-                    if self.step % config.validate_every == 0 or self.finished:
-                        record |= self._validate()
-                    self.seconds = before + time.perf_counter() - started
-                    record["seconds"] = round(self.seconds, 3)
-                    log.write(json.dumps(record) + "\n")
-                    if self.step % config.checkpoint_every == 0:
-                        log.flush()
-                        self.save()
-                    yield record
-            except GeneratorExit:
-                log.flush()
-                self.save()
-                raise
-            log.flush()
-            self.save()
-
-    def save(self) -> None:
-        """Write the checkpoint; the old one stays in place until the new one is whole."""
-        content = {
-            "settings": self._settings(),
-            "commit": self.commit,
-            "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            **{name: getattr(self, name) for name in _COUNTERS},
-        }
-        write_checkpoint(self._checkpoint, content)
+        while not (self.finished or stop()):
+            record: Record = {"step": self.step + 1, "loss": self._step()}
+            if self.step % self.recipe.training.validate_every == 0 or self.finished:
+                record |= self._validate()
+            yield record
 
     def best_learner(self) -> Learner:
         """The learner with the weights of the best validation so far, in evaluation mode.
@@ -301,41 +288,6 @@ class FewShotRun:
         learner.load_state_dict(self.best_weights)
         learner.choose_settings(self._validation)
         return learner
-
-    def export(self, folder: str | os.PathLike[str]) -> LearnerEntry:
-        """Write the best learner so far as an entry of the zoo; an existing card is kept.
-
-        Args:
-            folder: The folder of all entries; the entry is the recipe's name in it.
-
-        Raises:
-            ValueError: there has been no validation yet.
-        """
-        recipe = self.recipe
-        self._check_validated()
-        card = Path(folder) / recipe.name / "card.md"
-        return save_learner(
-            self.best_learner(),
-            Path(folder) / recipe.name,
-            name=recipe.name,
-            description=recipe.description,
-            backbone=recipe.backbone,
-            card=card.read_text() if card.exists() else f"# {recipe.name}\n\n{recipe.description}\n",
-            training={
-                "data": recipe.data,
-                "train": asdict(recipe.train),
-                "test": asdict(recipe.test),
-                "settings": asdict(recipe.training),
-                **({"start": recipe.start} if recipe.start else {}),
-                "commit": self.commit,
-                "steps": self.step,
-                "best_step": self.best_step,
-                "best_validation": self.best_score,
-                "seconds": round(self.seconds),
-                "hardware": hardware(self._device),
-                "torch": str(torch.__version__),
-            },
-        )
 
     def _check_validated(self) -> None:
         if not self.best_step:
@@ -354,34 +306,10 @@ class FewShotRun:
         shape = LearnerShape(source.example_shape, ways, source.num_classes)
         return recipe.learner.build(recipe.backbone, shape, generator).to(self._device)
 
-    def _begin_with(self, name: str) -> None:
-        """Take over a trained backbone; read-outs are for other classes.
-
-        One of zeros takes the place of the read-out: it prefers no class, and does not make the first updates of an
-        inner loop move the features for the sake of random weights.
-        """
-        entry, prefix = learner_info(name), "model.backbone."
-        example = self.learner.shape.example_shape
-        if entry.backbone != self.recipe.backbone or entry.shape.example_shape != example:
-            raise ValueError(
-                f"{self.recipe.name} cannot begin with {name}: that has the backbone {entry.backbone} for examples of "
-                f"shape {entry.shape.example_shape}, and this {self.recipe.backbone} for {example}"
-            )
-        trained, own = load_learner(name).state_dict(), self.learner.state_dict()
-        shared = [key for key in own if key.startswith(prefix) and key in trained]
-        for key in shared:
-            theirs, ours = trained[key].shape, own[key].shape
-            if theirs != ours[len(ours) - len(theirs) :]:
-                raise ValueError(
-                    f"{self.recipe.name} cannot begin with {name}: that has {key} of shape {tuple(theirs)}, one row "
-                    f"for each of its inner steps maybe, and this of shape {tuple(ours)}"
-                )
-        with torch.no_grad():
-            for key in shared:
-                own[key].copy_(trained[key])  # in every row, where there is one for each inner step
-            for key in own:
-                if key.startswith("model.head."):
-                    own[key].zero_()
+    def begin(self) -> None:
+        """Take over the backbone that the recipe starts from."""
+        _take_over(self.learner, self.recipe)
+        self.best_weights = self._weights()
 
     def _step(self) -> float:
         config = self.recipe.training
@@ -436,8 +364,8 @@ class FewShotRun:
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.detach().to("cpu", copy=True) for name, value in self.learner.state_dict().items()}
 
-    def _settings(self) -> dict[str, Any]:
-        """What must agree for a run to be continued, as JSON types."""
+    def settings(self) -> dict[str, Any]:
+        """What must agree for training to be continued, as JSON types."""
         recipe = self.recipe
         values = {
             "recipe": recipe.name,
@@ -452,19 +380,56 @@ class FewShotRun:
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found
 
-    def _resume(self) -> None:
-        saved = read_checkpoint(self._checkpoint, ("settings", "learner", *_COUNTERS))
-        if different := list(_different(saved["settings"], self._settings())):
-            raise ValueError(
-                f"{self.folder} holds a run with other settings ({'; '.join(different)}): continue it with the same, "
-                "or choose another folder"
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings(),
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            **{name: getattr(self, name) for name in _COUNTERS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if different := list(_different(state.get("settings", {}), self.settings())):
+            raise OtherRunError(
+                f"it has other settings ({'; '.join(different)}); continue it with the same, or choose another folder"
             )
-        self.learner.load_state_dict(saved["learner"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.generator.set_state(saved["generator"])
-        self.commit = saved["commit"]
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
         for name in _COUNTERS:
-            setattr(self, name, saved[name])
+            setattr(self, name, state[name])
+
+
+def _take_over(learner: Learner, recipe: FewShotRecipe) -> None:
+    """Put the backbone that a recipe starts from into its learner; read-outs are for other classes.
+
+    One of zeros takes the place of the read-out: it prefers no class, and does not make the first updates of an
+    inner loop move the features for the sake of random weights.
+    """
+    name, prefix = recipe.start, "model.backbone."
+    entry = learner_info(name)
+    example = learner.shape.example_shape
+    if entry.backbone != recipe.backbone or entry.shape.example_shape != example:
+        raise ValueError(
+            f"{recipe.name} cannot begin with {name}: that has the backbone {entry.backbone} for examples of "
+            f"shape {entry.shape.example_shape}, and this {recipe.backbone} for {example}"
+        )
+    trained, own = load_learner(name).state_dict(), learner.state_dict()
+    shared = [key for key in own if key.startswith(prefix) and key in trained]
+    for key in shared:
+        theirs, ours = trained[key].shape, own[key].shape
+        if theirs != ours[len(ours) - len(theirs) :]:
+            raise ValueError(
+                f"{recipe.name} cannot begin with {name}: that has {key} of shape {tuple(theirs)}, one row "
+                f"for each of its inner steps maybe, and this of shape {tuple(ours)}"
+            )
+    with torch.no_grad():
+        for key in shared:
+            own[key].copy_(trained[key])  # in every row, where there is one for each inner step
+        for key in own:
+            if key.startswith("model.head."):
+                own[key].zero_()
 
 
 def _different(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:

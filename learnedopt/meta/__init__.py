@@ -1,18 +1,27 @@
 """How rules are learned."""
 
-from learnedopt.meta.config import ESTIMATORS, TEACHERS, MetaTrainConfig
+from learnedopt.meta.config import (
+    CURRICULA,
+    ESTIMATORS,
+    TEACHERS,
+    Growing,
+    MetaTrainConfig,
+    SearchConfig,
+    Stages,
+)
 from learnedopt.meta.estimators import Estimate, Estimator, FullBPTT, MetaObjective, TruncatedBPTT
 from learnedopt.meta.evolution import ES, PES, FullES, VarianceMixture
 from learnedopt.meta.imitation import AdamTeacher, Imitation, SGDTeacher, Teacher
 from learnedopt.meta.memory import copies_that_fit
 from learnedopt.meta.objectives import OBJECTIVES, WEIGHTINGS, meta_losses
 from learnedopt.meta.ranks import Ranks, launched
-from learnedopt.meta.recipe import MetaTrainingRun, Recipe, load_recipe, overridden
-from learnedopt.meta.search import Search, SearchConfig
+from learnedopt.meta.recipe import Recipe, load_recipe, overridden
+from learnedopt.meta.search import Search
 from learnedopt.meta.trainer import MetaTrainer, MetaTrainingError
 from learnedopt.meta.unroll import Episode, FlatTask, start_episode, unroll
 
 __all__ = [
+    "CURRICULA",
     "ES",
     "ESTIMATORS",
     "OBJECTIVES",
@@ -26,17 +35,18 @@ __all__ = [
     "FlatTask",
     "FullBPTT",
     "FullES",
+    "Growing",
     "Imitation",
     "MetaObjective",
     "MetaTrainConfig",
     "MetaTrainer",
     "MetaTrainingError",
-    "MetaTrainingRun",
     "Ranks",
     "Recipe",
     "SGDTeacher",
     "Search",
     "SearchConfig",
+    "Stages",
     "Teacher",
     "TruncatedBPTT",
     "VarianceMixture",

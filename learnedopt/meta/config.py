@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -10,6 +12,42 @@ from learnedopt.meta.evolution import ES, PES, FullES, VarianceMixture
 from learnedopt.meta.imitation import AdamTeacher, Imitation, SGDTeacher, Teacher
 from learnedopt.meta.objectives import OBJECTIVES, WEIGHTINGS
 from learnedopt.tasks.base import Split
+
+
+@dataclass(frozen=True)
+class Growing:
+    """The longest horizon grows linearly from the shortest to its full length."""
+
+    updates: int
+    """Over how many updates."""
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"a curriculum must grow over at least 1 update, got {self.updates}")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Every episode of a stage has its length, rounded up to whole windows; ``horizon`` is not used.
+
+    Validation runs at the length of the next stage. A stage is over after ``patience`` validations without a better
+    one: its best weights go on to the next. The end of the last is the end of training; it has to do better than the
+    one before, whose weights are kept if it does not.
+
+    Source: Chen et al. 2020 (arXiv:2010.09089), section 3.1.
+    """
+
+    lengths: tuple[int, ...]
+    """Inner steps of an episode, stage by stage."""
+    patience: int
+    """Validations without a better one after which a stage is over."""
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"stages must be lengths of at least 1, got {self.lengths}")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
+
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "truncated-bptt": TruncatedBPTT,
@@ -24,6 +62,9 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 TEACHERS: dict[str, type[Teacher]] = {"adam-teacher": AdamTeacher, "sgd-teacher": SGDTeacher}
 """Every teacher by name, the one it has on the command line."""
 
+CURRICULA: dict[str, type[Growing] | type[Stages]] = {"growing": Growing, "stages": Stages}
+"""Every curriculum by name, the one it has on the command line."""
+
 Backend = Literal["auto", "reference", "native", "compiled"]
 
 
@@ -36,13 +77,8 @@ class MetaTrainConfig:
     """Truncation window: inner steps between outer updates."""
     horizon: tuple[int, int] = (100, 100)
     """Inner steps of an episode, log-uniform in this range, rounded to whole windows."""
-    curriculum_updates: int = 0
-    """The longest horizon grows linearly from the shortest to its full length over this many updates; 0 for none."""
-    stages: tuple[int, ...] = ()
-    """Curriculum of Chen et al. 2020 (arXiv:2010.09089, section 3.1), instead of ``horizon``: every episode of a stage
-    has this many steps, rounded up to whole windows. Validation runs at the length of the next stage. After
-    ``patience`` validations without a better one a stage is over: its best weights go on to the next. The end of the
-    last is the end of training; it has to do better than the one before, whose weights are kept if it does not."""
+    curriculum: Growing | Stages | None = None
+    """How episodes become longer while the rule is trained; ``None`` for the same ``horizon`` all along."""
     episodes: int = 1
     """Windows per update, each of another episode with its own task structure; their meta-gradients are averaged.
     Processes that train together share them, so it must be a multiple of their number."""
@@ -61,10 +97,6 @@ class MetaTrainConfig:
     """How meta-gradients are estimated."""
     imitation: Imitation | None = None
     """A teacher to imitate in some of the episodes."""
-    imitation_share: float = 0.0
-    """The probability that an episode is one of imitation."""
-    imitation_updates: int | None = None
-    """Only episodes that begin before this update imitate; ``None`` for all along."""
     learning_rate: float = 1e-3
     """Adam's, for the meta-parameters; it falls to ``final_learning_rate`` along a half cosine."""
     final_learning_rate: float = 1e-3
@@ -77,7 +109,8 @@ class MetaTrainConfig:
     validation_copies: int = 20
     validation_horizon: int = 100
     patience: int | None = None
-    """Stop after this many validations without a better one; ``None`` trains to the end. The best is kept anyway."""
+    """Stop after this many validations without a better one; ``None`` trains to the end. The best is kept anyway.
+    Stages have one of their own."""
     max_skipped: int = 100
     """Windows with a non-finite meta-loss or meta-gradient are skipped; more than this many stop the run."""
     backend: Backend = "reference"
@@ -112,17 +145,8 @@ class MetaTrainConfig:
             raise ValueError(f"ema_decay must be between 0 and 1, or None for no average, got {self.ema_decay}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, or None for no early stopping, got {self.patience}")
-        if not 0.0 <= self.imitation_share <= 1.0:
-            raise ValueError(f"imitation_share must be between 0 and 1, got {self.imitation_share}")
-        if (self.imitation_share > 0) != (self.imitation is not None):
-            raise ValueError("imitation needs both a teacher (imitation) and a share of the episodes (imitation_share)")
-        if self.imitation_updates is not None and self.imitation_updates < 1:
-            raise ValueError(f"imitation_updates must be at least 1, or None, got {self.imitation_updates}")
-        if self.stages and (min(self.stages) < 1 or self.patience is None or self.curriculum_updates):
-            raise ValueError(
-                f"stages must be lengths of at least 1, need a patience, and exclude curriculum_updates; got stages "
-                f"{self.stages}, patience {self.patience}, curriculum_updates {self.curriculum_updates}"
-            )
+        if isinstance(self.curriculum, Stages) and self.patience is not None:
+            raise ValueError("stages have a patience of their own: leave out that of the training")
         # Each copy has weights of its own there, which kernels do not take and torch.compile silently passes by.
         if self.backend in ("native", "compiled") and self.estimator.perturbs_weights:
             raise ValueError(
@@ -140,16 +164,107 @@ class MetaTrainConfig:
         """The objective, its weighting and its split as one."""
         return MetaObjective(self.objective, self.weighting, self.split)
 
+    def horizons(self, update: int, stage: int) -> tuple[float, float]:
+        """The inner steps of the shortest and of the longest episode that may begin at an update."""
+        if isinstance(self.curriculum, Stages):
+            return (self.curriculum.lengths[stage],) * 2
+        low, longest = self.horizon
+        grown = 1.0 if self.curriculum is None else min(1.0, update / self.curriculum.updates)
+        return low, low + grown * (longest - low)
+
+    @property
+    def longest_horizon(self) -> int:
+        """The inner steps of the longest episode of the whole training."""
+        return max(self.curriculum.lengths) if isinstance(self.curriculum, Stages) else self.horizon[1]
+
+    @property
+    def last_stage(self) -> int:
+        """The number of the last stage; the first is 0, and the only one where there are none."""
+        return len(self.curriculum.lengths) - 1 if isinstance(self.curriculum, Stages) else 0
+
+    def validation_horizon_at(self, stage: int) -> int:
+        """The inner steps of validation."""
+        if isinstance(self.curriculum, Stages):
+            return self.curriculum.lengths[min(stage + 1, self.last_stage)]
+        return self.validation_horizon
+
+    def out_of_patience(self, updates: int) -> bool:
+        """Whether to give up a stage, or all of training, so many updates after the last better validation."""
+        patience = self.curriculum.patience if isinstance(self.curriculum, Stages) else self.patience
+        return patience is not None and updates >= patience * self.validate_every
+
+    def learning_rate_at(self, update: int) -> float:
+        """The outer learning rate of an update, counted from 0."""
+        remaining = 0.5 * (1.0 + math.cos(math.pi * min(1.0, update / self.updates)))
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * remaining
+
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain types; ``kind`` says which estimator and which teacher."""
+        """The settings as plain types; ``kind`` says which estimator, which curriculum and which teacher."""
         values = asdict(self)
         values["estimator"] = {"kind": kind(self.estimator)} | values["estimator"]
+        if self.curriculum is not None:
+            values["curriculum"] = {"kind": kind(self.curriculum)} | values["curriculum"]
         if self.imitation is not None:
             values["imitation"]["teacher"] = {"kind": kind(self.imitation.teacher)} | values["imitation"]["teacher"]
         return values
 
 
-def kind(settings: Estimator | Teacher) -> str:
+@dataclass(frozen=True)
+class SearchConfig:
+    """How a few weights of a rule are searched for; all others stay as they start."""
+
+    updates: int
+    """Generations."""
+    coordinates: tuple[tuple[str, float, float], ...]
+    """The weights, such as ``"readout.bias[0]"`` or ``"readout.weight[0,9]"``, each with the value it starts from and
+    its scale: how far from there it may well have to go."""
+    population: int = 12
+    """Settings tried in each generation."""
+    std: float = 0.5
+    """Standard deviation of the first generation, in units of the scales."""
+    horizon: int = 600
+    """Inner steps of an episode."""
+    copies: int = 2
+    """Copies of each structure."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("updates", 1), ("population", 4), ("horizon", 6), ("copies", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0.0 < self.std < math.inf:
+            raise ValueError(f"std must be positive and finite, got {self.std}")
+        if len(self.coordinates) < 2:
+            raise ValueError(f"at least two coordinates are needed, got {len(self.coordinates)}")
+        for name, start, scale in self.coordinates:
+            if not (math.isfinite(start) and 0.0 < scale < math.inf):
+                raise ValueError(f"{name} needs a finite start and a positive, finite scale, got {start} and {scale}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain types; ``kind`` tells them from a :class:`MetaTrainConfig`."""
+        return {"kind": "search"} | asdict(self)
+
+
+def from_flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What :meth:`MetaTrainConfig.to_dict` gives, also from the settings of a run begun before there were unions.
+
+    Those had ``curriculum_updates``, ``stages``, ``imitation_share`` and ``imitation_updates``.
+    """
+    if "curriculum_updates" not in values:
+        return dict(values)
+    old = dict(values)
+    growing, stages = old.pop("curriculum_updates"), old.pop("stages")
+    share, updates = old.pop("imitation_share"), old.pop("imitation_updates")
+    curriculum = {"kind": "growing", "updates": growing} if growing else None
+    if stages:
+        curriculum = {"kind": "stages", "lengths": stages, "patience": old["patience"]}
+        old["patience"] = None
+    if old["imitation"] is not None:
+        old["imitation"] = old["imitation"] | {"share": share, "updates": updates}
+    return old | {"curriculum": curriculum}
+
+
+def kind(settings: Estimator | Teacher | Growing | Stages) -> str:
     """The name by which a class of settings is known; that of the class, if it is registered nowhere."""
-    names = {estimator: name for name, estimator in {**ESTIMATORS, **TEACHERS}.items()}
+    names = {known: name for name, known in {**ESTIMATORS, **TEACHERS, **CURRICULA}.items()}
     return names.get(type(settings), type(settings).__name__)

@@ -78,6 +78,20 @@ class Imitation(Estimator):
     """
 
     teacher: AdamTeacher | SGDTeacher = field(default_factory=AdamTeacher)
+    share: float = 1.0
+    """The probability that an episode is one of imitation."""
+    updates: int | None = None
+    """Only episodes that begin before this update imitate; ``None`` for all along."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"the share of imitation must be above 0 and at most 1, got {self.share}")
+        if self.updates is not None and self.updates < 1:
+            raise ValueError(f"the updates of imitation must be at least 1, or None, got {self.updates}")
+
+    def takes(self, drawn: float, update: int) -> bool:
+        """Whether an episode that begins at an update imitates, for a number drawn from [0, 1)."""
+        return drawn < self.share and (self.updates is None or update < self.updates)
 
     def start(self, rule: UpdateRule, task: Task, generator: Generator) -> Episode:
         episode = super().start(rule, task, generator)

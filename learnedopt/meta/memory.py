@@ -47,9 +47,8 @@ def copies_that_fit(rule: UpdateRule, family: TaskFamily, config: MetaTrainConfi
         storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    horizon = max(config.stages, default=config.horizon[1])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        steps = config.estimator.steps(config.unroll_length, horizon)
+        steps = config.estimator.steps(config.unroll_length, config.longest_horizon)
         _, after = config.estimator.estimate(rule, episode, steps, generator, config.meta_objective)
     running = max(config.pool, config.episodes) + 2  # and the one that is being computed, before and after
     per_copy = (sum(storages.values()) + running * _episode_bytes(after)) / 2

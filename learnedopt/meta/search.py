@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from learnedopt.meta.base import RuleTrainer
+from learnedopt.meta.config import SearchConfig
 from learnedopt.meta.evolution import PerCopy, Repeated, flat_weights
-from learnedopt.meta.ranks import Ranks
-from learnedopt.meta.trainer import initial_rule
 from learnedopt.meta.unroll import start_episode, unroll
 from learnedopt.rules import RuleConfig, UpdateRule, build_rule
+from learnedopt.rules.legacy import modern_training
+from learnedopt.runs import OtherRunError, Record, Stop
 from learnedopt.tasks import Mixture
 from learnedopt.tasks.base import TaskFamily
 
@@ -29,43 +29,7 @@ _WORST, _BEST = -2.0, 1.5
 _PLACE = re.compile(r"(?P<name>[\w.]+)\[(?P<index>\d+(,\d+)*)\]")
 
 
-@dataclass(frozen=True)
-class SearchConfig:
-    """How a few weights of a rule are searched for; all others stay as they start."""
-
-    updates: int
-    """Generations."""
-    coordinates: tuple[tuple[str, float, float], ...]
-    """The weights, such as ``"readout.bias[0]"`` or ``"readout.weight[0,9]"``, each with the value it starts from and
-    its scale: how far from there it may well have to go."""
-    population: int = 12
-    """Settings tried in each generation."""
-    std: float = 0.5
-    """Standard deviation of the first generation, in units of the scales."""
-    horizon: int = 600
-    """Inner steps of an episode."""
-    copies: int = 2
-    """Copies of each structure."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("updates", 1), ("population", 4), ("horizon", 6), ("copies", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0.0 < self.std < math.inf:
-            raise ValueError(f"std must be positive and finite, got {self.std}")
-        if len(self.coordinates) < 2:
-            raise ValueError(f"at least two coordinates are needed, got {len(self.coordinates)}")
-        for name, start, scale in self.coordinates:
-            if not (math.isfinite(start) and 0.0 < scale < math.inf):
-                raise ValueError(f"{name} needs a finite start and a positive, finite scale, got {start} and {scale}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain types; ``kind`` tells them from a :class:`~learnedopt.meta.MetaTrainConfig`."""
-        return {"kind": "search"} | asdict(self)
-
-
-class Search:
+class Search(RuleTrainer[SearchConfig]):
     r"""Covariance matrix adaptation evolution strategy over whole episodes.
 
     A generation draws one task from each family of a mixture and trains it, in ``copies`` copies, under every setting
@@ -110,10 +74,10 @@ class Search:
     ) -> None:
         if not isinstance(family, Mixture):
             raise TypeError(f"a search draws from every family of a Mixture, got {type(family).__name__}")
-        self.config = config
+        super().__init__(rule, config, device)
         self.family = family
-        self.ranks = Ranks()
-        self.rule = initial_rule(rule, config.seed).to(device).requires_grad_(False)
+        self.copies = config.copies
+        self.rule.requires_grad_(False)
         self._places = torch.tensor([place(self.rule, name) for name, _, _ in config.coordinates])
         if len(set(self._places.tolist())) < len(self._places):
             raise ValueError("two of the coordinates are the same weight")
@@ -122,49 +86,29 @@ class Search:
         self._scales = np.array([scale for _, _, scale in config.coordinates])
         self._scores: list[list[float]] = []
         """Of every generation so far, the gain of each of its settings: all that is needed to go on."""
-        self.seconds = 0.0
-        self.best_score = math.inf
         self._restart()
-
-    @property
-    def update(self) -> int:
-        """Generations done."""
-        return len(self._scores)
 
     @property
     def best_update(self) -> int:
         """The generation that the best rule comes out of: the last."""
         return self.update
 
-    @property
-    def copies(self) -> int:
-        """Copies of each task's structure."""
-        return self.config.copies
-
-    @property
-    def finished(self) -> bool:
-        """Whether all generations are done."""
-        return self.update >= self.config.updates
-
-    def run(self, time_limit: float = math.inf, stop: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any]]:
+    def records(self, stop: Stop) -> Iterator[Record]:
         """Search on, yielding one record per generation.
 
         A record holds ``update``, ``meta_loss`` (minus the mean gain of the centre of the distribution that the
         generation was drawn from), ``gains`` (that centre's on each task), ``steps`` (inner steps, counted once per
         copy and setting), then of the distribution that came out of it ``std`` (in units of the scales) and ``center``
-        (the weights there, less their start), and ``seconds``. Stops cleanly after ``time_limit`` seconds or when
-        ``stop`` says so.
+        (the weights there, less their start).
         """
-        started, before = time.perf_counter(), self.seconds
         asked = False
         while not (self.finished or asked):
-            asked = any(self.ranks.collect([stop() or time.perf_counter() - started > time_limit]))
+            asked = any(self.ranks.collect([stop()]))
             settings = np.array(self._search.ask())
             tried = np.concatenate([np.zeros((1, len(self._scales))), self._search.mean[None], settings])
             gains = self._gains(tried * self._scales)
             self._tell(settings, gains[:, 2:].mean(0).tolist())
             self.best_score = -float(gains[:, 1].mean())
-            self.seconds = before + time.perf_counter() - started
             yield {
                 "update": self.update,
                 "meta_loss": self.best_score,
@@ -172,7 +116,6 @@ class Search:
                 "std": float(self._search.sigma),
                 "steps": gains.size * self.config.copies * self.config.horizon,
                 "center": [float(value) for value in self._search.mean * self._scales],
-                "seconds": self.seconds,
             }
 
     def best_rule(self) -> UpdateRule:
@@ -193,10 +136,11 @@ class Search:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where another search stood. Raises ``ValueError`` if it had other settings."""
+        """Go on from where another search stood. Raises ``OtherRunError`` if it had other settings."""
+        state = modern_training(state)
         for name, mine in (("config", self.config.to_dict()), ("rule_config", self.rule.config.to_dict())):
             if state.get(name) != mine:
-                raise ValueError(f"the checkpoint was made with another {name}: {state.get(name)}, not {mine}")
+                raise OtherRunError(f"the checkpoint was made with another {name}: {state.get(name)}, not {mine}")
         self._restart()
         for scores in state["scores"]:
             self._tell(np.array(self._search.ask()), scores)
@@ -217,10 +161,12 @@ class Search:
             warnings.simplefilter("ignore")  # about options and plotting, from packages that cma looks for
             self._search: Any = cma.CMAEvolutionStrategy(np.zeros(len(self._scales)), self.config.std, options)
         self._scores = []
+        self.update = 0
 
     def _tell(self, settings: NDArray[np.float64], scores: list[float]) -> None:
         self._search.tell(list(settings), [-score for score in scores])
         self._scores.append(scores)
+        self.update = len(self._scores)
 
     def _weights(self, changes: NDArray[np.float64]) -> Tensor:
         """All meta-parameters of each setting, ``(settings, P)``, for changes of the coordinates."""

@@ -168,11 +168,11 @@ class UpdateRule(nn.Module):
     """
 
     config_class: ClassVar[type[RuleConfig]]
-    needs_loss: ClassVar[bool] = False
+    needs_loss: bool = False
     """Whether :meth:`statistics` reads the training loss."""
-    zero_gradient_is_noop: ClassVar[bool] = False
+    zero_gradient_is_noop: bool = False
     """Whether a parameter whose gradients have all been zero is left exactly where it is."""
-    reads_param: ClassVar[bool] = True
+    reads_param: bool = True
     """Whether :meth:`forward` reads the parameters. In bases, one that does not is given zeros."""
 
     config: RuleConfig

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -242,8 +242,8 @@ class InEigenbases(UpdateRule):
         Raises:
             AttributeError: the rule inside has no bound where bases turn.
         """
-        bound: Callable[..., float] = self.inner.update_bound
-        return bound(turning=True)
+        bound: Any = self.inner.update_bound
+        return float(bound(turning=True))
 
     def update(
         self,

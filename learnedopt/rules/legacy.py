@@ -54,26 +54,54 @@ def former(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[di
     >>> former({"kind": "schedule_free", "modulator": {"kind": "power_laws"}}, {})
     ({'kind': 'schedule_free_lstm', 'hidden_size': 8, 'num_layers': 0}, {})
     """
-    match config:
-        case {"kind": "in_eigenbases", "inner": {"kind": "schedule_free"} as inner, **own}:
-            frame, kind = "inner.", "eigenbasis"
-        case {"kind": "schedule_free", **rest}:
-            inner, own, frame, kind = rest, {}, "", "schedule_free_lstm"
-        case _:
-            return None
+    own: dict[str, Any] = {}
+    inner: Mapping[str, Any] = config
+    frame, kind = "", "schedule_free_lstm"
+    if config["kind"] == "in_eigenbases":
+        inner, own = config["inner"], {name: config[name] for name in _OF_BASES if name in config}
+        frame, kind = "inner.", "eigenbasis"
+    if inner["kind"] != "schedule_free":
+        return None
     values = {name: value for name, value in inner.items() if name not in ("kind", "modulator")}
-    match inner["modulator"]:
-        case {"kind": "power_laws"}:
-            lstm = {"hidden_size": _HIDDEN, "num_layers": 0}
-        case {"kind": "lstm_of_coordinates", **settings}:
-            lstm = {name: settings[name] for name in _OF_LSTM}
-        case _:
-            return None
+    modulator = inner["modulator"]
+    if modulator["kind"] == "power_laws":
+        lstm = {"hidden_size": _HIDDEN, "num_layers": 0}
+    elif modulator["kind"] == "lstm_of_coordinates":
+        lstm = {name: modulator[name] for name in _OF_LSTM}
+    else:
+        return None
     prefix = f"{frame}modulator."
     return (
         {"kind": kind, **lstm, **values, **own},
         {f"{frame}{name.removeprefix(prefix)}": value for name, value in weights.items()},
     )
+
+
+def modern_training(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of what trains a rule, from a checkpoint of any time.
+
+    Raises:
+        ValueError: it holds episodes of a rule in bases, whose state cannot be told apart any more.
+    """
+    config = state.get("rule_config")
+    if config is None or (modern := modern_config(config)) == config:
+        return dict(state)
+    if config["kind"] == "eigenbasis" and state.get("slots"):
+        raise ValueError(
+            "the checkpoint holds episodes of a rule in bases, as version 0.1 of learnedopt kept them: finish the run "
+            "with that version, or start anew"
+        )
+    weights = {
+        name: modern_weights(modern["kind"], state[name])
+        for name in ("rule", "average", "best_weights")
+        if isinstance(state.get(name), Mapping)
+    }
+    settings = dict(state["config"])
+    if "coordinates" in settings:
+        settings["coordinates"] = [
+            (name.replace("readout.", "modulator.readout."), *range_) for name, *range_ in settings["coordinates"]
+        ]
+    return {**state, **weights, "rule_config": modern, "config": settings}
 
 
 def modern_state(state: State, param: Tensor) -> State:

@@ -37,11 +37,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from learnedopt import LearnedOptimizer, MetaLSTMOptimizer
-from learnedopt.rules.coordinates import AGE
 from learnedopt.kernels.core import blocks
 from learnedopt.kernels.core.blocked import BlockedBackend
 from learnedopt.kernels.core.native import NativeBackend
 from learnedopt.rules import MetaLSTMConfig, MetaLSTMRule
+from learnedopt.rules.coordinates import AGE
 from tests.optim.reference import CASES, Case, TraceRule, same_bits
 
 WORLD = 2

@@ -18,7 +18,7 @@ from learnedopt.fewshot import (
     Episodes,
     EpisodeShape,
     FewShotRecipe,
-    FewShotRun,
+    FewShotTrainer,
     LearnerShape,
     demo,
     load_learner,
@@ -86,14 +86,14 @@ def test_training_that_was_interrupted_goes_on(recipe: str, capsys: Captured) ->
 
 
 def test_a_signal_stops_between_two_steps(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = FewShotRun._step
+    steps = FewShotTrainer._step
 
-    def interrupted(run: FewShotRun) -> float:
-        if run.step == 2:
+    def interrupted(trainer: FewShotTrainer) -> float:
+        if trainer.step == 2:
             signal.raise_signal(signal.SIGTERM)
-        return steps(run)
+        return steps(trainer)
 
-    monkeypatch.setattr(FewShotRun, "_step", interrupted)
+    monkeypatch.setattr(FewShotTrainer, "_step", interrupted)
     assert main(["fewshot", "train", recipe]) == 128 + signal.SIGTERM
     assert len(Path("runs/tiny-seed0/log.jsonl").read_text().splitlines()) == 3
 

@@ -34,7 +34,6 @@ from learnedopt.fewshot import (
     EpisodeShape,
     Evaluation,
     FewShotRecipe,
-    FewShotRun,
     FewShotTask,
     FewShotTrainConfig,
     LearnerShape,
@@ -54,6 +53,7 @@ from learnedopt.fewshot.learners import (
 )
 from learnedopt.fewshot.learners.finetune import Finetune
 from learnedopt.fewshot.sources import PARTS
+from learnedopt.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "fewshot.md").read_text()
@@ -150,7 +150,9 @@ def test_further_seeds_begin_with_a_run_of_the_same_seed(monkeypatch: pytest.Mon
         train(Namespace(**vars(arguments), recipe=[name]))
     started = Path(json.loads((tmp_path / "second-seed1" / "config.json").read_text())["start"])
     assert started == tmp_path / "seed1" / "first" and learner_info(started).training["settings"]["seed"] == 1
-    found = {(name, seed, run.finished) for name, seed, run in runs(Namespace(runs=tmp_path, recipe=[], root=None))}
+    found = {
+        (name, seed, run.trainer.finished) for name, seed, run in runs(Namespace(runs=tmp_path, recipe=[], root=None))
+    }
     assert found == {("first", 1, True), ("second", 1, True)}
 
 
@@ -160,14 +162,14 @@ def test_runs_are_found_with_the_seed_and_the_steps_that_they_were_begun_with(
     monkeypatch.chdir(ROOT)
     recipe = load_recipes()["sinusoid-maml"]
     training = replace(recipe.training, seed=3, steps=2, validation_episodes=2)
-    for _ in FewShotRun(replace(recipe, training=training), tmp_path / "sinusoid-maml-seed3").run():
+    for _ in Run(replace(recipe, training=training), tmp_path / "sinusoid-maml-seed3").run():
         pass
     monkeypatch.setattr(
         "benchmarks.fewshot.load_recipes",
         lambda: {recipe.name: replace(recipe, training=replace(training, seed=0, steps=9))},
     )
     ((name, seed, run),) = runs(Namespace(runs=tmp_path, recipe=[], root=None))
-    assert (name, seed, run.recipe.training.steps, run.finished) == ("sinusoid-maml", 3, 2, True)
+    assert (name, seed, run.trainer.recipe.training.steps, run.trainer.finished) == ("sinusoid-maml", 3, 2, True)
 
 
 def test_what_is_left_to_validation_is_chosen_for_every_setting(
@@ -185,7 +187,7 @@ def test_what_is_left_to_validation_is_chosen_for_every_setting(
     shape = EpisodeShape(5, 1, 2)
     learner, training = FinetuneConfig(steps=1), FewShotTrainConfig(1, validation_episodes=2)
     recipe = FewShotRecipe("tiny", "", "glyphs", learner, Conv4(width=2), shape, shape, training)
-    run = FewShotRun(recipe, tmp_path)
+    run = Run(recipe, tmp_path)
     assert len(list(run.run())) == 1
     table = Table("", "", ((5, 1), (10, 2)), (Row("fine-tuning", {(5, 1): "tiny", (10, 2): "tiny"}),))
     monkeypatch.setattr("benchmarks.fewshot.TABLES", {"": table})
@@ -219,10 +221,10 @@ def test_another_method_takes_over_the_network_of_a_run(tmp_path: Path) -> None:
     training = FewShotTrainConfig(1, validation_episodes=2)
     for config in (FinetuneConfig(steps=1), ANILConfig()):
         recipe = FewShotRecipe(config.kind, "", "glyphs", config, Conv4(width=2), shape, shape, training)
-        run = FewShotRun(recipe, tmp_path / config.kind)
+        run = Run(recipe, tmp_path / config.kind)
         assert len(list(run.run())) == 1
         row = Row("", {}, learner=NearestNeighbourConfig(normalization="support"))
-        theirs, ours = run.best_weights, as_row(row, run, run.best_learner()).state_dict()
+        theirs, ours = run.trainer.best_weights, as_row(row, run, run.trainer.best_learner()).state_dict()
         taken = {name for name, value in ours.items() if name in theirs and torch.equal(value, theirs[name])}
         assert taken >= {name for name in theirs if name.startswith("model.backbone.")}
         assert ("model.head.weight" in taken) == (config.kind == "finetune")

@@ -22,9 +22,10 @@ from learnedopt.fewshot import (
     ClassSet,
     EpisodeShape,
     FewShotRecipe,
-    FewShotRun,
     FewShotTask,
     FewShotTrainConfig,
+    FewShotTrainer,
+    LearnerEntry,
     LearnerShape,
     TrainingError,
     datasets,
@@ -39,7 +40,10 @@ from learnedopt.fewshot import (
 )
 from learnedopt.fewshot.learners import FinetuneConfig, MAMLConfig, MAMLPlusPlusConfig, ProtoNetConfig, ReptileConfig
 from learnedopt.fewshot.sources import PARTS, Part
+from learnedopt.runs import Run
 from learnedopt.zoo import ZooError
+
+FewShotRun = Run[FewShotTrainer, LearnerEntry]
 
 SINE = FewShotRecipe(
     "tiny",
@@ -78,8 +82,9 @@ def finish(run: FewShotRun) -> list[dict[str, Any]]:
     return list(run.run())
 
 
-def same(one: FewShotRun, two: FewShotRun) -> None:
+def same(run: FewShotRun, other: FewShotRun) -> None:
     """Everything that the rest of a run depends on, and what it has found."""
+    one, two = run.trainer, other.trainer
     states = one.learner.state_dict(), two.learner.state_dict()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert all(torch.equal(value, two.best_weights[name]) for name, value in one.best_weights.items())
@@ -89,16 +94,16 @@ def same(one: FewShotRun, two: FewShotRun) -> None:
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6])
 def test_a_run_stopped_and_resumed_ends_bit_for_bit_alike(stop_after: int, tmp_path: Path) -> None:
-    whole = FewShotRun(SINE, tmp_path / "whole")
+    whole = Run(SINE, tmp_path / "whole")
     records = finish(whole)
-    assert [record["step"] for record in records] == list(range(1, 10)) and whole.finished
-    first = FewShotRun(SINE, tmp_path / "parts")
+    assert [record["step"] for record in records] == list(range(1, 10)) and whole.trainer.finished
+    first = Run(SINE, tmp_path / "parts")
     running = first.run()
     for _ in range(stop_after):
         next(running)
     running.close()
-    second = FewShotRun(SINE, tmp_path / "parts")
-    assert second.step == stop_after
+    second = Run(SINE, tmp_path / "parts")
+    assert second.trainer.step == stop_after
     finish(second)
     same(whole, second)
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
@@ -111,34 +116,34 @@ def test_every_method_trains_validates_and_resumes(kind: str, blobs: str, tmp_pa
     short = {"finetune": {"learning_rates": (0.1,), "decays": (0.0,)}, "reptile": {"test_steps": 2}}
     config = LEARNERS[kind](**short.get(kind, {}))  # type: ignore[arg-type]
     recipe = classification(config, optimizer="sgd" if kind == "reptile" else "adam")
-    whole = FewShotRun(recipe, tmp_path / "whole")
-    before = {name: weight.clone() for name, weight in whole.learner.named_parameters()}
+    whole = Run(recipe, tmp_path / "whole")
+    before = {name: weight.clone() for name, weight in whole.trainer.learner.named_parameters()}
     finish(whole)
-    assert any(not torch.equal(weight, before[name]) for name, weight in whole.learner.named_parameters())
-    assert 0 <= whole.best_score <= 1 and whole.best_step in (3, 6)
-    run = FewShotRun(recipe, tmp_path / "parts").run()
+    assert any(not torch.equal(weight, before[name]) for name, weight in whole.trainer.learner.named_parameters())
+    assert 0 <= whole.trainer.best_score <= 1 and whole.trainer.best_step in (3, 6)
+    run = Run(recipe, tmp_path / "parts").run()
     for _ in range(2):
         next(run)
     run.close()
-    resumed = FewShotRun(recipe, tmp_path / "parts")
+    resumed = Run(recipe, tmp_path / "parts")
     finish(resumed)
     same(whole, resumed)
 
 
 def test_training_learns(blobs: str, tmp_path: Path) -> None:
     """Points around random means: the loss of fresh episodes falls."""
-    run = FewShotRun(classification(ProtoNetConfig(), steps=150, validate_every=150, episodes_per_step=4), tmp_path)
+    run = Run(classification(ProtoNetConfig(), steps=150, validate_every=150, episodes_per_step=4), tmp_path)
     losses = [record["loss"] for record in run.run()]
     assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
 
 
 def test_the_best_weights_are_kept_and_not_the_last(blobs: str, tmp_path: Path) -> None:
     recipe = classification(ProtoNetConfig(), steps=40, validate_every=5, learning_rate=0.5)
-    run = FewShotRun(recipe, tmp_path)
+    run = Run(recipe, tmp_path)
     scores = {record["step"]: record["validation"] for record in run.run() if "validation" in record}
-    assert run.best_score == max(scores.values()) and scores[run.best_step] == run.best_score
+    assert run.trainer.best_score == max(scores.values()) and scores[run.trainer.best_step] == run.trainer.best_score
     validation = episode_source(blobs, recipe.test, "validation").frozen(4)
-    assert evaluate(run.best_learner(), validation).mean == run.best_score
+    assert evaluate(run.trainer.best_learner(), validation).mean == run.trainer.best_score
 
 
 def test_a_killed_run_goes_on_where_its_last_checkpoint_was(tmp_path: Path) -> None:
@@ -146,10 +151,10 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(tmp_path: Path) -> N
     program = f"""
 from tests.fewshot.test_training import SINE
 import dataclasses, torch
-from learnedopt.fewshot import FewShotRun
+from learnedopt.runs import Run
 torch.set_num_threads(1)
 recipe = dataclasses.replace(SINE, training=dataclasses.replace(SINE.training, steps=100_000))
-for _ in FewShotRun(recipe, {str(tmp_path / "killed")!r}).run():
+for _ in Run(recipe, {str(tmp_path / "killed")!r}).run():
     pass
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2])
@@ -159,42 +164,42 @@ for _ in FewShotRun(recipe, {str(tmp_path / "killed")!r}).run():
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resumed = FewShotRun(recipe, tmp_path / "killed")
-    assert resumed.step % 2 == 0 and resumed.step > 0
-    other = FewShotRun(recipe, tmp_path / "other")
+    resumed = Run(recipe, tmp_path / "killed")
+    assert resumed.trainer.step % 2 == 0 and resumed.trainer.step > 0
+    other = Run(recipe, tmp_path / "other")
     running = other.run()
-    while other.step < resumed.step:
+    while other.trainer.step < resumed.trainer.step:
         next(running)
     running.close()
     same(resumed, other)
     next(resumed.run())
     lines = (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, resumed.step + 1))
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, resumed.trainer.step + 1))
 
 
 def test_a_run_stops_when_asked_and_when_its_time_is_over(tmp_path: Path) -> None:
-    run = FewShotRun(SINE, tmp_path)
+    run = Run(SINE, tmp_path)
     assert len(list(run.run(time_limit=0.0))) <= 1
     assert list(run.run(stop=lambda: True)) == []
-    assert FewShotRun(SINE, tmp_path).step == run.step
+    assert Run(SINE, tmp_path).trainer.step == run.trainer.step
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    next(run := FewShotRun(SINE, tmp_path).run())
+    next(run := Run(SINE, tmp_path).run())
     run.close()
     other = dataclasses.replace(SINE, learner=MAMLConfig(learning_rate=0.02))
     with pytest.raises(ValueError, match=r"other settings \(learner.learning_rate was 0.01, is 0.02\)"):
-        FewShotRun(other, tmp_path)
+        Run(other, tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"damage")
     with pytest.raises(ValueError, match="damaged or no checkpoint"):
-        FewShotRun(SINE, tmp_path)
+        Run(SINE, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "content"), [("config.json", '{"name": "mine"}'), ("log.jsonl", "mine")])
 def test_files_that_are_not_a_runs_stay_as_they_are(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"has a {name} that is not of a run of tiny: choose another folder"):
-        FewShotRun(SINE, tmp_path)
+        Run(SINE, tmp_path)
     assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
 
 
@@ -202,33 +207,33 @@ def test_a_run_killed_while_it_describes_itself_begins_again(tmp_path: Path, mon
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", lambda *paths: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            FewShotRun(SINE, tmp_path)
-    finish(FewShotRun(SINE, tmp_path))
+            Run(SINE, tmp_path)
+    finish(Run(SINE, tmp_path))
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
-    FewShotRun(SINE, tmp_path)
+    Run(SINE, tmp_path)
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
-    finish(FewShotRun(SINE, tmp_path))
+    finish(Run(SINE, tmp_path))
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == SINE.training.steps
 
 
 def test_there_is_no_best_learner_before_the_first_validation(tmp_path: Path) -> None:
-    run = FewShotRun(SINE, tmp_path)
+    run = Run(SINE, tmp_path)
     one_step(run)
     with pytest.raises(ValueError, match=r"no best learner yet: no validation in the 1 step\(s\) so far"):
-        run.best_learner()
+        run.trainer.best_learner()
 
 
 def test_validation_is_under_the_settings_that_are_best_there(blobs: str, tmp_path: Path) -> None:
     """Else the weights that are kept would be those that bear an unsuited rate best."""
     config = FinetuneConfig(learning_rate=1e30, learning_rates=(1e30, 0.1), decays=(0.0,))
-    run = FewShotRun(classification(config, validation_episodes=20), tmp_path)
+    run = Run(classification(config, validation_episodes=20), tmp_path)
     scores = [record["validation"] for record in finish(run) if "validation" in record]
-    assert min(scores) > 0.5 and run.learner.config == config
-    best = run.best_learner()
-    episodes = episode_source(blobs, run.recipe.test, "validation").frozen(20)
-    assert evaluate(best, episodes).mean == run.best_score
+    assert min(scores) > 0.5 and run.trainer.learner.config == config
+    best = run.trainer.best_learner()
+    episodes = episode_source(blobs, run.trainer.recipe.test, "validation").frozen(20)
+    assert evaluate(best, episodes).mean == run.trainer.best_score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,11 +250,11 @@ def test_what_a_backbone_draws_outlives_an_interruption_and_leaves_other_draws_a
     recipe = dataclasses.replace(classification(ProtoNetConfig()), backbone=Dropping((6,)))
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    finish(whole := FewShotRun(recipe, tmp_path / "whole"))
+    finish(whole := Run(recipe, tmp_path / "whole"))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    one_step(FewShotRun(recipe, tmp_path / "parts"))
-    finish(parts := FewShotRun(recipe, tmp_path / "parts"))
+    one_step(Run(recipe, tmp_path / "parts"))
+    finish(parts := Run(recipe, tmp_path / "parts"))
     same(whole, parts)
 
 
@@ -259,11 +264,11 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(tmp
         learner=MAMLConfig(learning_rate=1e30),
         training=dataclasses.replace(SINE.training, max_skipped=2),
     )
-    run = FewShotRun(broken, tmp_path)
-    before = {name: weight.clone() for name, weight in run.learner.named_parameters()}
+    run = Run(broken, tmp_path)
+    before = {name: weight.clone() for name, weight in run.trainer.learner.named_parameters()}
     with pytest.raises(TrainingError, match="3 steps had a gradient or statistics that are not finite"):
         finish(run)
-    assert all(torch.equal(weight, before[name]) for name, weight in run.learner.named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in run.trainer.learner.named_parameters())
 
 
 def one_step(run: FewShotRun) -> None:
@@ -276,26 +281,26 @@ def one_step(run: FewShotRun) -> None:
 def test_infinite_gradients_are_skipped_and_not_clipped(
     clip: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = FewShotRun(dataclasses.replace(SINE, training=dataclasses.replace(SINE.training, **clip)), tmp_path)
-    before = {name: weight.clone() for name, weight in run.learner.named_parameters()}
+    run = Run(dataclasses.replace(SINE, training=dataclasses.replace(SINE.training, **clip)), tmp_path)
+    before = {name: weight.clone() for name, weight in run.trainer.learner.named_parameters()}
     monkeypatch.setattr(
-        run.learner,
+        run.trainer.learner,
         "training_step",
-        lambda *_: math.inf * torch.stack([w.sum() for w in run.learner.parameters()]).sum(),
+        lambda *_: math.inf * torch.stack([w.sum() for w in run.trainer.learner.parameters()]).sum(),
     )
     one_step(run)
-    assert run.skipped == 1
-    assert all(torch.equal(weight, before[name]) for name, weight in run.learner.named_parameters())
+    assert run.trainer.skipped == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in run.trainer.learner.named_parameters())
 
 
 @pytest.mark.parametrize("learner", [ProtoNetConfig(), MAMLConfig(normalization="running"), ReptileConfig()])
 def test_a_skipped_step_leaves_averages_as_they_were(
     learner: Any, blobs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = FewShotRun(classification(learner, blobs, batch_norm=True), tmp_path)
+    run = Run(classification(learner, blobs, batch_norm=True), tmp_path)
     one_step(run)
-    before = {name: value.clone() for name, value in run.learner.state_dict().items() if name != "progress"}
-    drawn = type(run.source).episodes
+    before = {name: value.clone() for name, value in run.trainer.learner.state_dict().items() if name != "progress"}
+    drawn = type(run.trainer.source).episodes
 
     def bad(source: Any, generator: torch.Generator) -> Any:
         found = drawn(source, generator)
@@ -303,13 +308,15 @@ def test_a_skipped_step_leaves_averages_as_they_were(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(run.source), "episodes", bad)
+        patch.setattr(type(run.trainer.source), "episodes", bad)
         one_step(run)
-    assert run.skipped == 1
-    after = run.learner.state_dict()
+    assert run.trainer.skipped == 1
+    after = run.trainer.learner.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     one_step(run)
-    assert run.skipped == 1 and all(value.isfinite().all() for value in run.learner.state_dict().values())
+    assert run.trainer.skipped == 1 and all(
+        value.isfinite().all() for value in run.trainer.learner.state_dict().values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,10 +340,10 @@ def test_gradients_are_clipped(clip: dict[str, Any], tmp_path: Path) -> None:
     training = dataclasses.replace(
         SINE.training, steps=1, optimizer="sgd", learning_rate=1.0, schedule="constant", **clip
     )
-    run = FewShotRun(dataclasses.replace(SINE, training=training), tmp_path)
-    before = torch.cat([weight.detach().flatten().clone() for weight in run.learner.parameters()])
+    run = Run(dataclasses.replace(SINE, training=training), tmp_path)
+    before = torch.cat([weight.detach().flatten().clone() for weight in run.trainer.learner.parameters()])
     finish(run)
-    moved = torch.cat([weight.detach().flatten() for weight in run.learner.parameters()]) - before
+    moved = torch.cat([weight.detach().flatten() for weight in run.trainer.learner.parameters()]) - before
     size = moved.abs().max() if "clip_value" in clip else moved.norm()
     assert 0.9e-4 < float(size) < 1.1e-4
 
@@ -363,13 +370,13 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, Any]) -> None
 @pytest.mark.parametrize("config", [ProtoNetConfig(), MAMLConfig(), FinetuneConfig(learning_rates=(0.1, 0.2))])
 def test_an_exported_learner_is_loaded_as_it_was(config: Any, blobs: str, tmp_path: Path) -> None:
     recipe = classification(config)
-    run = FewShotRun(recipe, tmp_path / "run")
+    run = Run(recipe, tmp_path / "run")
     with pytest.raises(ValueError, match=r"no validation in the 0 step\(s\) so far"):
         run.export(tmp_path / "zoo")
     finish(run)
     entry = run.export(tmp_path / "zoo")
     assert entry.name == "tiny" and entry.card.startswith("# tiny") and entry.training["steps"] == 6
-    learner, best = load_learner(entry.path), run.best_learner()
+    learner, best = load_learner(entry.path), run.trainer.best_learner()
     assert learner.config == best.config and not learner.training
     episodes = episode_source(blobs, recipe.test, "test").frozen(5)
     assert evaluate(learner, episodes).values == evaluate(best, episodes).values
@@ -379,49 +386,49 @@ def test_an_exported_learner_is_loaded_as_it_was(config: Any, blobs: str, tmp_pa
 
 @pytest.mark.parametrize("kind", sorted(LEARNERS))
 def test_training_begins_with_a_backbone_that_was_trained_before(kind: str, blobs: str, tmp_path: Path) -> None:
-    first = FewShotRun(classification(FinetuneConfig(learning_rates=(0.1,), decays=(0.0,)), batch_norm=True), tmp_path)
+    first = Run(classification(FinetuneConfig(learning_rates=(0.1,), decays=(0.0,)), batch_norm=True), tmp_path)
     finish(first)
     trained = first.export(tmp_path / "zoo").path
     optimizer = "sgd" if kind == "reptile" else "adam"
     fresh = classification(LEARNERS[kind](), batch_norm=True, optimizer=optimizer)
     recipe = dataclasses.replace(fresh, start=str(trained))
-    runs = FewShotRun(recipe, tmp_path / "run"), FewShotRun(fresh, tmp_path / "fresh")
-    for key, value in runs[0].learner.state_dict().items():
+    runs = Run(recipe, tmp_path / "run"), Run(fresh, tmp_path / "fresh")
+    for key, value in runs[0].trainer.learner.state_dict().items():
         if key.startswith("model.backbone."):
             expected = load_learner(trained).state_dict()[key]
             assert torch.equal(value, expected.expand_as(value)), key
-            assert torch.equal(value, runs[0].best_weights[key])
+            assert torch.equal(value, runs[0].trainer.best_weights[key])
         elif key.startswith("model.head."):  # made for other classes
             assert not value.any()
         else:  # what else the method learns, as without
-            assert torch.equal(value, runs[1].learner.state_dict()[key]), key
+            assert torch.equal(value, runs[1].trainer.learner.state_dict()[key]), key
     finish(runs[0])
-    same(runs[0], FewShotRun(recipe, tmp_path / "run"))
+    same(runs[0], Run(recipe, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"other settings \(start was '.*tiny', is None\)"):
-        FewShotRun(fresh, tmp_path / "run")
+        Run(fresh, tmp_path / "run")
 
 
 def test_a_start_that_does_not_fit_is_refused(blobs: str, tmp_path: Path) -> None:
-    first = FewShotRun(classification(ProtoNetConfig()), tmp_path / "first")
+    first = Run(classification(ProtoNetConfig()), tmp_path / "first")
     finish(first)
     trained = str(first.export(tmp_path / "zoo").path)
     other = classification(MAMLConfig(), batch_norm=True)
     with pytest.raises(
         ValueError, match=r"tiny cannot begin with .*tiny: that has the backbone MLP\(.* and this MLP\("
     ):
-        FewShotRun(dataclasses.replace(other, start=trained), tmp_path / "other")
+        Run(dataclasses.replace(other, start=trained), tmp_path / "other")
     with pytest.raises(ZooError, match="no learner 'nothing'"):
-        FewShotRun(dataclasses.replace(other, start="nothing"), tmp_path / "other")
-    rows = FewShotRun(classification(MAMLPlusPlusConfig(), batch_norm=True), tmp_path / "rows")
+        Run(dataclasses.replace(other, start="nothing"), tmp_path / "other")
+    rows = Run(classification(MAMLPlusPlusConfig(), batch_norm=True), tmp_path / "rows")
     finish(rows)
     trained = str(rows.export(tmp_path / "zoo").path)
     with pytest.raises(ValueError, match=r"that has model\.backbone\..* one row for each of its inner steps"):
-        FewShotRun(dataclasses.replace(other, start=trained), tmp_path / "other")
+        Run(dataclasses.replace(other, start=trained), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_a_damaged_entry_is_refused(tmp_path: Path) -> None:
-    learner = MAMLConfig().build(MLP(hidden=(3,)), FewShotRun(SINE, tmp_path / "run").learner.shape)
+    learner = MAMLConfig().build(MLP(hidden=(3,)), Run(SINE, tmp_path / "run").trainer.learner.shape)
     settings: dict[str, Any] = {
         "name": "x",
         "description": "x",
@@ -521,10 +528,10 @@ def test_the_recipes_have_names_of_their_own_and_are_found(monkeypatch: pytest.M
 def test_reptile_moves_by_its_pseudo_gradient(blobs: str, tmp_path: Path) -> None:
     """Its loss carries no graph, and yet the loop moves the weights."""
     recipe = classification(ReptileConfig(), steps=1, optimizer="sgd", learning_rate=1.0)
-    run = FewShotRun(recipe, tmp_path)
-    before = run.learner.state_dict()["model.head.weight"].clone()
+    run = Run(recipe, tmp_path)
+    before = run.trainer.learner.state_dict()["model.head.weight"].clone()
     finish(run)
-    assert not torch.equal(run.learner.state_dict()["model.head.weight"], before)
+    assert not torch.equal(run.trainer.learner.state_dict()["model.head.weight"], before)
 
 
 def test_a_file_of_recipes_needs_a_name(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learnedopt.meta import AdamTeacher, Imitation, MetaTrainConfig, MetaTrainingRun, Recipe
+from learnedopt.meta import AdamTeacher, Growing, Imitation, MetaTrainConfig, Recipe
 from learnedopt.rules import LSTMConfig
+from learnedopt.runs import Run
 from learnedopt.tasks import Logistic, Mixture, Quadratics
 
 FAMILY = Mixture((Quadratics(dimension=4), Logistic()))
@@ -36,13 +37,12 @@ RECIPE = Recipe(
         updates=300,
         unroll_length=3,
         horizon=(3, 12),
-        curriculum_updates=60,
+        curriculum=Growing(60),
         episodes=2,
         pool=4,
         copies=2,
         objective="log_ratio",
-        imitation=Imitation(AdamTeacher()),
-        imitation_share=0.3,
+        imitation=Imitation(AdamTeacher(), share=0.3),
         clip_norm=1.0,
         ema_decay=0.9,
         learning_rate=1e-2,
@@ -83,7 +83,7 @@ def _fork(folder: Path, processes: int, rank: int, life: int, doom: Doom | None)
         if processes > 1:
             meeting = folder.with_name(f"{folder.name}-{life}")
             dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
-        for count, _ in enumerate(MetaTrainingRun(RECIPE, folder).run(), start=1):
+        for count, _ in enumerate(Run(RECIPE, folder).run(), start=1):
             if doom is not None and doom.updates == count:
                 _kill_in(doom.seconds)
         status = 0

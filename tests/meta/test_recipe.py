@@ -15,16 +15,18 @@ from learnedopt.meta import (
     ES,
     PES,
     AdamTeacher,
+    Growing,
     Imitation,
     MetaTrainConfig,
-    MetaTrainingRun,
     Recipe,
     SearchConfig,
     SGDTeacher,
+    Stages,
     TruncatedBPTT,
     overridden,
 )
 from learnedopt.rules import RULES, LSTMConfig
+from learnedopt.runs import Run
 from learnedopt.tasks import Mixture, Quadratics
 
 TINY = Recipe(
@@ -35,12 +37,13 @@ TINY = Recipe(
     MetaTrainConfig(updates=4, unroll_length=2, horizon=(4, 4), validate_every=2, validation_horizon=4),
     lambda root: Quadratics(dimension=3),
 )
+STAGES = Stages((2, 4), 1)
 Captured = pytest.CaptureFixture[str]
 
 
 def test_settings_of_rule_and_training_can_be_replaced() -> None:
     arguments = "--training.updates 7 --training.horizon 10 20 --training.copies auto --rule.hidden-size 5"
-    recipe = overridden(TINY, [*arguments.split(), "--training.clip-norm", "0.5", "--training.stages"])
+    recipe = overridden(TINY, [*arguments.split(), "--training.clip-norm", "0.5"])
     assert recipe.rule == LSTMConfig(hidden_size=5)
     expected = {"updates": 7, "horizon": (10, 20), "copies": "auto", "clip_norm": 0.5}
     assert {name: getattr(recipe.training, name) for name in expected} == expected
@@ -63,11 +66,29 @@ def test_an_estimator_is_chosen_with_a_colon(arguments: str, expected: Truncated
 
 
 def test_a_teacher_is_chosen_with_a_colon() -> None:
-    arguments = "--training.imitation-share 0.5 training.imitation:imitation "
+    arguments = "training.imitation:imitation --training.imitation.share 0.5 "
     adam = overridden(TINY, arguments.split()).training
-    assert isinstance(adam, MetaTrainConfig) and adam.imitation == Imitation(AdamTeacher())
+    assert isinstance(adam, MetaTrainConfig) and adam.imitation == Imitation(AdamTeacher(), share=0.5)
     sgd = overridden(TINY, [*arguments.split(), "training.imitation.teacher:sgd-teacher"]).training
-    assert isinstance(sgd, MetaTrainConfig) and sgd.imitation == Imitation(SGDTeacher())
+    assert isinstance(sgd, MetaTrainConfig) and sgd.imitation == Imitation(SGDTeacher(), share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("training.curriculum:growing --training.curriculum.updates 9", Growing(9)),
+        ("training.curriculum:stages --training.curriculum.lengths 2 4 --training.curriculum.patience 1", STAGES),
+        ("training.curriculum:growing --training.curriculum.updates 9 training.estimator:es", Growing(9)),
+    ],
+)
+def test_a_curriculum_is_chosen_with_a_colon(arguments: str, expected: Growing | Stages) -> None:
+    training = overridden(TINY, arguments.split()).training
+    assert isinstance(training, MetaTrainConfig) and training.curriculum == expected
+    staged = replace(TINY, training=replace(training, curriculum=STAGES))
+    shorter = overridden(staged, ["training.curriculum:stages", "--training.curriculum.lengths", "2"]).training
+    assert isinstance(shorter, MetaTrainConfig) and shorter.curriculum == Stages((2,), 1)
+    none = overridden(staged, ["training.curriculum:none"]).training
+    assert isinstance(none, MetaTrainConfig) and none.curriculum is None
 
 
 @pytest.mark.parametrize("arguments", ["--training.updtes 7", "--training.updates many", "training.estimator:adam"])
@@ -92,12 +113,12 @@ def test_a_setting_that_does_not_exist_is_an_error(arguments: str, capsys: Captu
 )
 def test_training_goes_on_from_an_entry_of_the_zoo(training: MetaTrainConfig | SearchConfig, tmp_path: Path) -> None:
     """The weights, and nothing of how they were made."""
-    first = MetaTrainingRun(TINY, tmp_path / "first")
+    first = Run(TINY, tmp_path / "first")
     list(first.run())
     entry = first.export(tmp_path / "zoo")
     family = Mixture((Quadratics(dimension=3),))
     recipe = replace(TINY, name="tuned", start=str(entry.path), training=training, family=lambda root: family)
-    run = MetaTrainingRun(recipe, tmp_path / "run")
+    run = Run(recipe, tmp_path / "run")
     loaded = zoo.load_rule(entry.path).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in run.trainer.rule.state_dict().items())
     list(run.run())
@@ -108,19 +129,19 @@ def test_training_goes_on_from_an_entry_of_the_zoo(training: MetaTrainConfig | S
     assert (
         moved == ["readout.weight", "readout.bias"] if isinstance(training, SearchConfig) else len(moved) == len(loaded)
     )
-    again = MetaTrainingRun(recipe, tmp_path / "run")
+    again = Run(recipe, tmp_path / "run")
     assert again.trainer.finished
     with pytest.raises(ValueError, match="began with other weights"):
-        MetaTrainingRun(replace(recipe, start=""), tmp_path / "run")
+        Run(replace(recipe, start=""), tmp_path / "run")
 
 
 def test_what_training_began_with_is_kept_if_it_is_better(tmp_path: Path) -> None:
     assert isinstance(TINY.training, MetaTrainConfig)
-    first = MetaTrainingRun(TINY, tmp_path / "first")
+    first = Run(TINY, tmp_path / "first")
     list(first.run())
     entry = first.export(tmp_path / "zoo")
     wild = replace(TINY.training, learning_rate=1e3)
-    run = MetaTrainingRun(replace(TINY, name="wild", start=str(entry.path), training=wild), tmp_path / "run")
+    run = Run(replace(TINY, name="wild", start=str(entry.path), training=wild), tmp_path / "run")
     list(run.run())
     assert run.trainer.best_update == 0 and run.trainer.update == 4
     kept = run.export(tmp_path / "zoo")
@@ -130,7 +151,7 @@ def test_what_training_began_with_is_kept_if_it_is_better(tmp_path: Path) -> Non
 
 def test_an_entry_of_other_settings_is_no_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tiny cannot begin with mnist-mlp, .*\(hidden_size.*entry_info\(NAME\)"):
-        MetaTrainingRun(replace(TINY, start="mnist-mlp"), tmp_path / "run")
+        Run(replace(TINY, start="mnist-mlp"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -141,7 +162,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 
 def test_what_was_resolved_is_saved_with_the_run_and_with_the_entry(tmp_path: Path) -> None:
     recipe = overridden(TINY, ["--training.copies", "3", "training.estimator:es", "--training.estimator.std", "0.25"])
-    run = MetaTrainingRun(recipe, tmp_path / "run")
+    run = Run(recipe, tmp_path / "run")
     list(run.run())
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["training"]["estimator"] == {"kind": "es", "std": 0.25}
@@ -154,25 +175,11 @@ def test_what_was_resolved_is_saved_with_the_run_and_with_the_entry(tmp_path: Pa
 @pytest.mark.parametrize("teacher", [AdamTeacher(), SGDTeacher(decay_steps=3.0)], ids=["constant", "falling"])
 def test_what_had_a_teacher_can_be_exported(teacher: AdamTeacher | SGDTeacher, tmp_path: Path) -> None:
     assert isinstance(TINY.training, MetaTrainConfig)
-    training = replace(TINY.training, imitation=Imitation(teacher), imitation_share=0.5)
-    run = MetaTrainingRun(replace(TINY, training=training), tmp_path / "run")
+    training = replace(TINY.training, imitation=Imitation(teacher, share=0.5))
+    run = Run(replace(TINY, training=training), tmp_path / "run")
     list(run.run())
     settings = run.export(tmp_path / "zoo").meta_training["settings"]
     assert settings["imitation"]["teacher"]["decay_steps"] == teacher.decay_steps
-
-
-def test_tensorboard_shows_the_numbers_of_the_log(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for limit in (0.0, float("inf")):  # stopped and continued
-        list(MetaTrainingRun(TINY, tmp_path, tensorboard=True).run(limit))
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    shown = {event.step: event.value for event in events.Scalars("meta_loss")}
-    assert shown == pytest.approx({line["update"]: line["meta_loss"] for line in log}, rel=1e-6)
-    assert [event.step for event in events.Scalars("validation")] == [2, 4]
 
 
 OUTSIDE = '''

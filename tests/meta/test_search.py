@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from learnedopt.cli import main
-from learnedopt.meta import MetaTrainingRun, Recipe, Search, SearchConfig
+from learnedopt.meta import Recipe, Search, SearchConfig
 from learnedopt.meta.search import _gain, place
 from learnedopt.rules import LSTMConfig, ScheduleFreeConfig, build_rule
+from learnedopt.runs import Run
 from learnedopt.tasks import Mixture, Quadratics, TaskFamily
 from learnedopt.zoo import load_rule
 
@@ -21,7 +22,11 @@ RULE = ScheduleFreeConfig(nominal_step=1e-4)
 FAMILY = Mixture((Quadratics(dimension=3), Quadratics(dimension=5)))
 CONFIG = SearchConfig(
     updates=8,
-    coordinates=(("readout.bias[0]", 0.0, 0.5), ("readout.weight[0,9]", -0.1, 0.5), ("readout.bias[3]", 0.0, 0.5)),
+    coordinates=(
+        ("modulator.readout.bias[0]", 0.0, 0.5),
+        ("modulator.readout.weight[0,9]", -0.1, 0.5),
+        ("modulator.readout.bias[3]", 0.0, 0.5),
+    ),
     population=6,
     horizon=24,
 )
@@ -33,10 +38,10 @@ def test_it_finds_that_a_tiny_step_should_be_larger() -> None:
     assert [record["update"] for record in records] == list(range(1, 9))
     assert records[-1]["meta_loss"] < -0.5 and search.finished
     start, found = build_rule(RULE), search.best_rule()
-    assert float(found.get_parameter("readout.bias")[0]) > 0.3
+    assert float(found.get_parameter("modulator.readout.bias")[0]) > 0.3
     moved = {name for name, weight in found.named_parameters() if not torch.equal(weight, start.get_parameter(name))}
-    assert moved == {"readout.bias", "readout.weight"}
-    assert int((found.get_parameter("readout.weight") != 0).sum()) == 1
+    assert moved == {"modulator.readout.bias", "modulator.readout.weight"}
+    assert int((found.get_parameter("modulator.readout.weight") != 0).sum()) == 1
 
 
 def test_the_start_has_no_gain_over_itself() -> None:
@@ -49,11 +54,11 @@ def test_an_interrupted_search_is_the_uninterrupted_one(tmp_path: Path) -> None:
         return FAMILY
 
     recipe = Recipe("mine", "a search", "quadratics", RULE, replace(CONFIG, updates=4), make, checkpoint_every=1)
-    whole = MetaTrainingRun(recipe, tmp_path / "whole")
+    whole = Run(recipe, tmp_path / "whole")
     expected = [record["center"] for record in whole.run()]
     found = []
     for _ in range(4):
-        part = MetaTrainingRun(recipe, tmp_path / "parts")
+        part = Run(recipe, tmp_path / "parts")
         found += [record["center"] for record in part.run(time_limit=0.0)]
     assert found == expected and part.trainer.finished
     assert whole.export(tmp_path / "zoo").meta_training["settings"]["kind"] == "search"
@@ -61,7 +66,7 @@ def test_an_interrupted_search_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(rule.parameters(), part.trainer.best_rule().parameters()))
     other = replace(recipe, training=replace(CONFIG, updates=4, population=8))
     with pytest.raises(ValueError, match="holds another run"):
-        MetaTrainingRun(other, tmp_path / "parts")
+        Run(other, tmp_path / "parts")
 
 
 def test_the_command_line_runs_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,9 +75,10 @@ def test_the_command_line_runs_a_search(tmp_path: Path, capsys: pytest.CaptureFi
         """
 from learnedopt.meta import Recipe, SearchConfig
 from learnedopt.rules import ScheduleFreeConfig
+from learnedopt.runs import Run
 from learnedopt.tasks import Mixture, Quadratics
 
-coordinates = (("readout.bias[0]", 0.0, 0.5), ("readout.bias[3]", 0.0, 0.5))
+coordinates = (("modulator.readout.bias[0]", 0.0, 0.5), ("modulator.readout.bias[3]", 0.0, 0.5))
 search = SearchConfig(updates=9, coordinates=coordinates, population=4, horizon=12)
 rule = ScheduleFreeConfig()
 RECIPE = Recipe("mine", "a search", "quadratics", rule, search, lambda root: Mixture((Quadratics(),)))
@@ -102,22 +108,24 @@ def test_gains_are_logarithms_of_speed() -> None:
 @pytest.mark.parametrize(
     ("coordinate", "problem"),
     [
-        ("readout.bias[4]", "names no weight"),
-        ("readout.bias", "names no weight"),
-        ("readout.weight[3]", "names no weight"),
-        ("read.bias[0]", r"There are readout.weight \(4, 14\)"),
-        ("readout.bias[0]", "the same weight"),
+        ("modulator.readout.bias[4]", "names no weight"),
+        ("modulator.readout.bias", "names no weight"),
+        ("modulator.readout.weight[3]", "names no weight"),
+        ("read.bias[0]", r"There are modulator.readout.weight \(4, 14\)"),
+        ("modulator.readout.bias[0]", "the same weight"),
     ],
 )
 def test_coordinates_that_are_not_there_are_named(coordinate: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        Search(RULE, FAMILY, replace(CONFIG, coordinates=(("readout.bias[0]", 0.0, 1.0), (coordinate, 0.0, 1.0))))
+        Search(
+            RULE, FAMILY, replace(CONFIG, coordinates=(("modulator.readout.bias[0]", 0.0, 1.0), (coordinate, 0.0, 1.0)))
+        )
 
 
 def test_places_count_through_all_weights() -> None:
     rule = build_rule(LSTMConfig(hidden_size=3))
     flat = torch.nn.utils.parameters_to_vector(rule.parameters())
-    assert flat[place(rule, "readout.weight[0,2]")] == rule.get_parameter("readout.weight")[0, 2]
+    assert flat[place(rule, "modulator.readout.weight[0,2]")] == rule.get_parameter("modulator.readout.weight")[0, 2]
     assert flat[place(rule, "lstm.biases.1[5]")] == rule.get_parameter("lstm.biases.1")[5]
 
 
@@ -128,9 +136,15 @@ def test_places_count_through_all_weights() -> None:
         ({"population": 3}, "population"),
         ({"horizon": 5}, "horizon"),
         ({"std": 0.0}, "std"),
-        ({"coordinates": (("readout.bias[0]", 0.0, 1.0),)}, "two coordinates"),
-        ({"coordinates": (("readout.bias[0]", 0.0, 1.0), ("readout.bias[1]", 0.0, 0.0))}, "positive"),
-        ({"coordinates": (("readout.bias[0]", 0.0, 1.0), ("readout.bias[1]", math.nan, 1.0))}, "finite start"),
+        ({"coordinates": (("modulator.readout.bias[0]", 0.0, 1.0),)}, "two coordinates"),
+        (
+            {"coordinates": (("modulator.readout.bias[0]", 0.0, 1.0), ("modulator.readout.bias[1]", 0.0, 0.0))},
+            "positive",
+        ),
+        (
+            {"coordinates": (("modulator.readout.bias[0]", 0.0, 1.0), ("modulator.readout.bias[1]", math.nan, 1.0))},
+            "finite start",
+        ),
     ],
     ids=str,
 )

@@ -18,6 +18,7 @@ from learnedopt.meta import (
     MetaTrainConfig,
     MetaTrainer,
     SGDTeacher,
+    Stages,
     TruncatedBPTT,
     copies_that_fit,
 )
@@ -72,10 +73,10 @@ def test_the_average_of_the_weights_is_what_is_validated_and_kept() -> None:
     for _ in trainer.run():
         weights = trainer.rule.get_parameter("readout.bias").detach().clone()
         average = weights if average is None else decay * average + (1 - decay) * weights
-        torch.testing.assert_close(trainer._weights()["readout.bias"], average)
-    assert not torch.equal(trainer._weights()["readout.bias"], weights)
+        torch.testing.assert_close(trainer.outer.weights()["readout.bias"], average)
+    assert not torch.equal(trainer.outer.weights()["readout.bias"], weights)
     expected = MetaTrainer(RULE, FAMILY, replace(CONFIG))
-    expected.rule.load_state_dict(trainer._weights())
+    expected.rule.load_state_dict(trainer.outer.weights())
     assert trainer.validate() == expected.validate()
 
 
@@ -93,17 +94,16 @@ def test_an_average_is_continued_bit_for_bit() -> None:
     second = MetaTrainer(RULE, FAMILY, config)
     second.load_state_dict(first.state_dict())
     list(second.run())
-    assert_same(second._weights(), whole._weights())
+    assert_same(second.outer.weights(), whole.outer.weights())
 
 
 def imitation(share: float, until: int | None = None) -> MetaTrainConfig:
-    teacher = Imitation(SGDTeacher(lr=0.01))
-    return replace(CONFIG, updates=40, imitation=teacher, imitation_share=share, imitation_updates=until)
+    return replace(CONFIG, updates=40, imitation=Imitation(SGDTeacher(lr=0.01), share, until))
 
 
 def test_a_share_of_the_episodes_imitates() -> None:
     trainer = MetaTrainer(RULE, FAMILY, imitation(0.3))
-    kinds = [trainer._start(serial).imitates for serial in range(300)]
+    kinds = [trainer.pool.start(serial, 0, 0).imitates for serial in range(300)]
     assert 0.2 < sum(kinds) / 300 < 0.4
 
 
@@ -111,7 +111,7 @@ def test_imitation_can_end() -> None:
     trainer = MetaTrainer(RULE, FAMILY, imitation(1.0, until=11))
     serials: dict[int, tuple[int, bool]] = {}
     for record in trainer.run():
-        for slot in trainer._slots.values():
+        for slot in trainer.pool.slots.values():
             serials.setdefault(slot.serial, (record["update"], slot.imitates))
     assert all(imitates == (update < 11) for update, imitates in serials.values())
     assert {imitates for _, imitates in serials.values()} == {True, False}
@@ -125,7 +125,7 @@ def test_a_rule_learns_to_do_what_its_teacher_does() -> None:
     assert sum(errors[-10:]) / 10 < 0.3
 
 
-STAGED = replace(CONFIG, updates=60, stages=(2, 4, 8), patience=2)
+STAGED = replace(CONFIG, updates=60, curriculum=Stages((2, 4, 8), patience=2))
 
 
 def test_a_stage_ends_when_it_brings_no_more_and_hands_on_its_best_weights() -> None:
@@ -139,10 +139,10 @@ def test_a_stage_ends_when_it_brings_no_more_and_hands_on_its_best_weights() -> 
             continue
         log.append((record["stage"], record["validation"], record["best"]))
         if record["validation"] == 2.0:
-            best = trainer._weights()
+            best = trainer.outer.weights()
         if len(log) == 4:
             assert best is not None
-            assert_same(trainer._weights(), best)
+            assert_same(trainer.outer.weights(), best)
     assert [stage for stage, *_ in log] == [0] * 4 + [1] * 3 + [2] * 4
     assert log[-1] == (2, 8.0, 7.0)
     assert trainer.finished
@@ -155,7 +155,7 @@ def test_the_last_stage_has_to_do_better_than_the_one_before() -> None:
     trainer.validate = lambda: next(scores)  # type: ignore[method-assign]
     for record in trainer.run():
         if record.get("validation") == 5.0:
-            best = trainer._weights()
+            best = trainer.outer.weights()
     assert (trainer.stage, trainer.best_score) == (2, 5.0)
     assert_same(trainer.best_weights, best)
 
@@ -166,7 +166,7 @@ def test_a_stage_that_finds_nothing_better_keeps_what_it_began_with() -> None:
     trainer.validate = lambda: next(scores)  # type: ignore[method-assign]
     for record in trainer.run():
         if record.get("validation") == 1.0:
-            best = trainer._weights()
+            best = trainer.outer.weights()
     assert (trainer.stage, trainer.best_score) == (2, 4.0)
     assert_same(trainer.best_weights, best)
 
@@ -176,7 +176,7 @@ def test_each_stage_has_its_length_and_is_validated_at_the_next() -> None:
     lengths = []
     for stage in range(3):
         trainer.stage = stage
-        lengths.append((trainer._start(0).horizon, trainer._validation_horizon()))
+        lengths.append((trainer.pool.start(0, 0, stage).horizon, trainer.config.validation_horizon_at(stage)))
     assert lengths == [(2, 4), (4, 8), (8, 8)]
 
 
@@ -189,7 +189,7 @@ def test_a_stage_is_continued_bit_for_bit() -> None:
         again = MetaTrainer(RULE, FAMILY, STAGED)
         again.load_state_dict(trainer.state_dict())
         trainer = again
-    assert_same(trainer._weights(), whole._weights())
+    assert_same(trainer.outer.weights(), whole.outer.weights())
     assert trainer.best_score == whole.best_score
 
 
@@ -251,9 +251,9 @@ def test_the_native_backend_trains_alike(rule: RuleConfig) -> None:
     fast, _ = finished(replace(CONFIG, updates=3, backend="native"), rule)
     chosen, _ = finished(replace(CONFIG, updates=3, backend="auto"), rule)
     assert (reference.backend, fast.backend, chosen.backend) == ("reference", "native", "native")
-    assert_same(chosen._weights(), fast._weights())
-    for name, value in reference._weights().items():
-        torch.testing.assert_close(fast._weights()[name], value, rtol=1e-3, atol=1e-4)
+    assert_same(chosen.outer.weights(), fast.outer.weights())
+    for name, value in reference.outer.weights().items():
+        torch.testing.assert_close(fast.outer.weights()[name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, estimator in ESTIMATORS.items() if estimator.perturbs_weights])
@@ -294,11 +294,11 @@ def test_without_a_compiler_the_native_backend_is_an_error(monkeypatch: pytest.M
 
 def test_episodes_have_random_numbers_of_their_own() -> None:
     trainer = MetaTrainer(RULE, FAMILY, CONFIG)
-    drawn = [trainer._start(serial).generator.initial_seed() for serial in range(100)]
+    drawn = [trainer.pool.start(serial, 0, 0).generator.initial_seed() for serial in range(100)]
     assert len(set(drawn)) == 100
-    assert [trainer._start(serial).generator.initial_seed() for serial in range(100)] == drawn
+    assert [trainer.pool.start(serial, 0, 0).generator.initial_seed() for serial in range(100)] == drawn
     other = MetaTrainer(RULE, FAMILY, replace(CONFIG, seed=1))
-    assert not set(drawn) & {other._start(serial).generator.initial_seed() for serial in range(100)}
+    assert not set(drawn) & {other.pool.start(serial, 0, 0).generator.initial_seed() for serial in range(100)}
 
 
 @pytest.mark.skipif(extension.why_unavailable() is not None, reason=f"no compiler: {extension.why_unavailable()}")

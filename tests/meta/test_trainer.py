@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +13,20 @@ import pytest
 import torch
 from torch import Generator
 
-from learnedopt import rules, zoo
+from learnedopt import rules
 from learnedopt.meta import (
+    Growing,
     Imitation,
     MetaTrainConfig,
     MetaTrainer,
     MetaTrainingError,
-    MetaTrainingRun,
-    Recipe,
+    Stages,
     TruncatedBPTT,
     VarianceMixture,
     load_recipe,
 )
 from learnedopt.rules import AdamLSTMConfig, LSTMConfig, RuleConfig
-from learnedopt.tasks import Logistic, Mixture, Quadratics, TaskFamily
+from learnedopt.tasks import Logistic, Mixture, Quadratics
 from tests.meta.support import SMALL_MLP, Broken, assert_same
 
 RULE = LSTMConfig(hidden_size=3)
@@ -39,7 +36,7 @@ MIXED = MetaTrainConfig(
     updates=14,
     unroll_length=3,
     horizon=(3, 12),
-    curriculum_updates=8,
+    curriculum=Growing(8),
     episodes=2,
     pool=3,
     copies=2,
@@ -53,106 +50,15 @@ MIXED = MetaTrainConfig(
 FAMILY = Mixture((SMALL_MLP, Quadratics(dimension=4), Logistic()))
 
 
-def recipe(
-    name: str = "tiny", rule: RuleConfig = RULE, training: MetaTrainConfig = SHORT, tasks: TaskFamily | None = None
-) -> Recipe:
-    family = tasks or Quadratics(dimension=3)
-    return Recipe(name, "A rule for tests.", "small problems", rule, training, lambda root: family, checkpoint_every=4)
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def outcome(run: MetaTrainingRun) -> dict[str, Any]:
-    return {key: value for key, value in run.trainer.state_dict().items() if key != "seconds"}
-
-
-def stop_by_time(run: MetaTrainingRun) -> None:
-    list(run.run(time_limit=0.0))
-
-
-def stop_by_leaving(run: MetaTrainingRun) -> None:
-    with closing(run.run()) as records:
-        for _ in zip(range(2), records):
-            pass
-
-
-def stop_by_failing(run: MetaTrainingRun) -> None:
-    """As an interrupt in the middle of an update would: some of it is done and some is not."""
-    trainer = run.trainer
-    assert isinstance(trainer, MetaTrainer)
-    draw, calls = trainer._draw, iter(range(4))
-
-    def interrupted(generator: Generator) -> Any:
-        task = draw(generator)
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return task
-
-    trainer._draw = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        list(run.run())
-
-
-def stop_by_killing(run: MetaTrainingRun) -> None:
-    """Nothing is cleaned up: the last periodic checkpoint remains, and a line of the log that was being written."""
-    records = run.run()
-    for _ in range(5):
-        next(records)
-    checkpoint, text = (run.folder / "checkpoint.pt").read_bytes(), (run.folder / "log.jsonl").read_text()
-    records.close()
-    (run.folder / "checkpoint.pt").write_bytes(checkpoint)
-    (run.folder / "log.jsonl").write_text(text + '{"update": 5, "meta_l')
-
-
-@pytest.fixture(scope="module", params=[RULE, AdamLSTMConfig(hidden_size=2)], ids=lambda rule: rule.kind)
-def mixed(request: pytest.FixtureRequest) -> Recipe:
-    return recipe(rule=request.param, training=MIXED, tasks=FAMILY)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(mixed: Recipe, tmp_path_factory: pytest.TempPathFactory) -> MetaTrainingRun:
-    run = MetaTrainingRun(mixed, tmp_path_factory.mktemp("run"))
-    list(run.run())
-    return run
-
-
-@pytest.mark.parametrize("stop", [stop_by_time, stop_by_leaving, stop_by_failing, stop_by_killing])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    stop: Callable[[MetaTrainingRun], None], mixed: Recipe, uninterrupted: MetaTrainingRun, tmp_path: Path
-) -> None:
-    stop(MetaTrainingRun(mixed, tmp_path))
-    stop_by_time(MetaTrainingRun(mixed, tmp_path))
-    run = MetaTrainingRun(mixed, tmp_path)
-    assert not run.trainer.finished
-    list(run.run())
-    assert run.trainer.update == MIXED.updates
-    assert_same(outcome(run), outcome(uninterrupted))
-    assert log(tmp_path) == log(uninterrupted.folder)
-    assert [line["update"] for line in log(tmp_path)] == list(range(1, MIXED.updates + 1))
-
-
-def test_the_runs_above_have_episodes_of_several_kinds_and_lengths(uninterrupted: MetaTrainingRun) -> None:
-    slots = uninterrupted.trainer.state_dict()["slots"]
-    assert len(slots) == MIXED.pool
-    trainer = MetaTrainer(RULE, FAMILY, MIXED)
-    trainer.update = MIXED.updates
-    generator = Generator().manual_seed(0)
-    assert len({repr(trainer._draw(generator)).split("(")[0] for _ in range(20)}) == 3
-    assert horizons(trainer) == {3, 6, 9, 12}
-
-
 def horizons(trainer: MetaTrainer) -> set[int]:
     generator = Generator().manual_seed(0)
-    return {trainer._horizon(generator) for _ in range(50)}
+    return {trainer.pool.horizon(generator, trainer.update, trainer.stage) for _ in range(50)}
 
 
 def test_the_horizon_grows_from_the_shortest() -> None:
     trainer = MetaTrainer(RULE, FAMILY, MIXED)
     assert horizons(trainer) == {3}
-    trainer.update = MIXED.curriculum_updates // 2
+    trainer.update = 4
     assert max(horizons(trainer)) in (6, 9)
 
 
@@ -160,57 +66,6 @@ def test_the_learning_rate_falls_along_half_a_cosine() -> None:
     config = replace(SHORT, updates=4, learning_rate=1.0, final_learning_rate=0.0)
     rates = [record["learning_rate"] for record in MetaTrainer(RULE, Quadratics(dimension=2), config).run()]
     assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
-
-
-def test_a_finished_run_is_left_as_it_is(uninterrupted: MetaTrainingRun, mixed: Recipe) -> None:
-    again = MetaTrainingRun(mixed, uninterrupted.folder)
-    assert again.trainer.finished
-    assert list(again.run()) == []
-    assert_same(outcome(MetaTrainingRun(mixed, uninterrupted.folder)), outcome(uninterrupted))
-    assert len(log(uninterrupted.folder)) == MIXED.updates
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (recipe(rule=LSTMConfig(hidden_size=4)), "hidden_size': 3.*hidden_size': 4"),
-        (recipe(training=replace(SHORT, copies=2, seed=1)), r"other settings: \['copies', 'seed'\]"),
-        (recipe(name="other"), "a run of the recipe 'tiny', not 'other'"),
-        (recipe(tasks=Quadratics(dimension=5)), "tasks have changed"),
-    ],
-    ids=["rule", "settings", "recipe", "tasks"],
-)
-def test_a_folder_with_another_run_is_refused_and_not_touched(other: Recipe, message: str, tmp_path: Path) -> None:
-    stop_by_time(MetaTrainingRun(recipe(), tmp_path))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=message) as raised:
-        MetaTrainingRun(other, tmp_path)
-    assert str(tmp_path) in str(raised.value)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("config.json", "[1]"), ("config.json", '{"recipe": "other"}'), ("config.json", "no JSON"), ("log.jsonl", "mine")],
-)
-def test_files_that_are_not_a_runs_stay_as_they_are(name: str, content: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"has a {name} that is not of a run of tiny: choose another folder"):
-        MetaTrainingRun(recipe(), tmp_path)
-    assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "foreign"])
-def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
-    stop_by_time(MetaTrainingRun(recipe(), tmp_path))
-    file = tmp_path / "checkpoint.pt"
-    data = file.read_bytes()
-    if damage == "foreign":
-        torch.save({"model": torch.ones(2)}, file)
-    else:
-        file.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "noise": b"no checkpoint at all"}[damage])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} is damaged.*remove it to start anew"):
-        MetaTrainingRun(recipe(), tmp_path)
 
 
 def test_validation_is_the_same_at_every_call_and_leaves_training_alone() -> None:
@@ -230,7 +85,7 @@ def test_how_often_validation_runs_does_not_change_training() -> None:
     ]  # fmt: skip
     for trainer in trainers:
         list(trainer.run())
-    assert_same(trainers[0]._weights(), trainers[1]._weights())
+    assert_same(trainers[0].outer.weights(), trainers[1].outer.weights())
 
 
 def test_no_global_random_numbers_are_used() -> None:
@@ -263,25 +118,25 @@ def test_the_best_rule_is_that_of_the_best_validation() -> None:
     trainer = scripted(MetaTrainer(RULE, Quadratics(dimension=2), config), [math.inf, 1.0, 2.0])
     for record in trainer.run():
         if record["update"] == 4:
-            weights = trainer._weights()
+            weights = trainer.outer.weights()
     assert_same(dict(trainer.best_rule().state_dict()), weights)
     assert not torch.equal(trainer.rule.get_parameter("readout.bias"), weights["readout.bias"])
 
 
 def test_windows_without_a_finite_loss_are_skipped_up_to_a_limit() -> None:
     trainer = MetaTrainer(RULE, Broken(), replace(SHORT, updates=50, max_skipped=3))
-    weights = trainer._weights()
+    weights = trainer.outer.weights()
     records: list[dict[str, Any]] = []
     with pytest.raises(MetaTrainingError, match=r"4 windows had a non-finite.*at update 3 on BrokenTask\(copies=1"):
         records.extend(trainer.run())
     assert len(records) == 3
-    assert_same(trainer._weights(), weights)
+    assert_same(trainer.outer.weights(), weights)
 
 
 def test_training_goes_on_around_tasks_that_break() -> None:
     config = replace(SHORT, updates=40, episodes=2, pool=2, learning_rate=1e-2)
     trainer = MetaTrainer(RULE, Broken(share=0.3), config)
-    weights = trainer._weights()
+    weights = trainer.outer.weights()
     records = list(trainer.run())
     skipped = [task for record in records for task in record.get("skipped", [])]
     assert trainer.skipped == len(skipped)
@@ -325,24 +180,6 @@ def test_second_order_training_runs_and_differs() -> None:
     assert first != second
 
 
-def test_export_writes_the_best_rule(uninterrupted: MetaTrainingRun, mixed: Recipe, tmp_path: Path) -> None:
-    entry = uninterrupted.export(tmp_path)
-    assert isinstance(uninterrupted.trainer, MetaTrainer)
-    assert entry.name == mixed.name
-    assert_same(dict(zoo.load_rule(entry.path).state_dict()), uninterrupted.trainer.best_weights)
-    assert entry.meta_training["best_update"] == uninterrupted.trainer.best_update
-    (entry.path / "card.md").write_text("# tiny\n\nWritten by hand.\n")
-    assert "by hand" in uninterrupted.export(tmp_path).card
-
-
-def test_nothing_is_exported_before_a_validation(tmp_path: Path) -> None:
-    run = MetaTrainingRun(recipe(), tmp_path / "run")
-    stop_by_time(run)
-    with pytest.raises(ValueError, match=r"none of the 1 update\(s\) so far ended in a validation"):
-        run.export(tmp_path / "zoo")
-    assert not (tmp_path / "zoo").exists()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -355,11 +192,7 @@ def test_nothing_is_exported_before_a_validation(tmp_path: Path) -> None:
         ({"backend": "cudnn"}, "unknown backend 'cudnn'"),
         ({"copies": 0}, "copies must be at least 1"),
         ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1"),
-        ({"imitation_share": 0.5}, "imitation needs both a teacher"),
-        ({"imitation": Imitation()}, "imitation needs both a teacher"),
-        ({"imitation": Imitation(), "imitation_share": 1.5}, "imitation_share must be between 0 and 1"),
-        ({"stages": (10, 20)}, "stages must be lengths of at least 1, need a patience"),
-        ({"stages": (0, 20), "patience": 1}, "stages must be lengths of at least 1"),
+        ({"curriculum": Stages((10, 20), 1), "patience": 1}, "stages have a patience of their own"),
         ({"estimator": VarianceMixture()}, "at least 2 copies"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
@@ -369,6 +202,23 @@ def test_nothing_is_exported_before_a_validation(tmp_path: Path) -> None:
 def test_a_configuration_that_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SHORT, **change)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Imitation(share=0.0), "share of imitation must be above 0 and at most 1, got 0.0"),
+        (lambda: Imitation(share=1.5), "share of imitation must be above 0 and at most 1, got 1.5"),
+        (lambda: Imitation(updates=0), "updates of imitation must be at least 1"),
+        (lambda: Stages((0, 20), 1), "stages must be lengths of at least 1"),
+        (lambda: Stages((), 1), "stages must be lengths of at least 1"),
+        (lambda: Stages((10, 20), 0), "patience must be at least 1"),
+        (lambda: Growing(0), "must grow over at least 1 update"),
+    ],
+)
+def test_a_curriculum_or_an_imitation_that_makes_no_sense_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 RECIPE_FILE = """

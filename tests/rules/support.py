@@ -102,8 +102,8 @@ class Advancing(nn.Module):
         super().__init__()
         self.rule = rule
 
-    def forward(self, *args: Any, own: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, State]:
-        return self.rule.advance(*args, own=own)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, State]:
+        return self.rule.advance(*args, **kwargs)
 
 
 def small(config: dict[str, Any], units: int) -> dict[str, Any]:

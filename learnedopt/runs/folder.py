@@ -1,0 +1,111 @@
+"""The folder of a run: ``config.json``, ``log.jsonl``, ``checkpoint.pt``."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Record = dict[str, Any]
+Writer = tuple[Callable[[Record], Any], Callable[[], Any]]
+"""How to write one record, and how to make sure that all so far are on disk."""
+
+
+class RunFolder:
+    """Reads and writes the files of one run.
+
+    Args:
+        path: Where they are.
+        activity: What the user is doing, for messages: ``"meta-training"``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], activity: str) -> None:
+        self.path = Path(path)
+        self.activity = activity
+        self._checkpoint = self.path / "checkpoint.pt"
+        self._config = self.path / "config.json"
+        self._log = self.path / "log.jsonl"
+
+    def claim(self, recipe: str) -> None:
+        """Make the folder; refuse one in which a run would overwrite what no run of the recipe has written.
+
+        Raises:
+            ValueError: there is no checkpoint, but a ``config.json`` of something else, or a ``log.jsonl`` with none.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._checkpoint.exists() or not (self._config.exists() or self._log.exists()):
+            return
+        try:
+            found = json.loads(self._config.read_text())
+        except (FileNotFoundError, ValueError):
+            found = None
+        # A run that was killed before its first checkpoint has left both.
+        if not (isinstance(found, dict) and found.get("recipe") == recipe):
+            name = self._config.name if self._config.exists() else self._log.name
+            raise ValueError(
+                f"{self.path} has a {name} that is not of a run of {recipe}: choose another folder for the run"
+            )
+
+    def write_config(self, content: dict[str, Any]) -> None:
+        """Write as JSON, complete or not at all: a run that is killed meanwhile must know its folder again."""
+        temporary = self._config.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        os.replace(temporary, self._config)
+
+    def write_checkpoint(self, content: dict[str, Any]) -> None:
+        """Write with ``torch.save``; the old checkpoint stays in place until the new one is whole."""
+        temporary = self._checkpoint.with_suffix(".tmp")
+        torch.save(content, temporary)
+        os.replace(temporary, self._checkpoint)
+
+    def read_checkpoint(self) -> dict[str, Any] | None:
+        """What :meth:`write_checkpoint` wrote, on the CPU; ``None`` if there is none.
+
+        Few-shot training once wrote the trainer's state at the top.
+
+        Raises:
+            ValueError: it is damaged, or no checkpoint of a run.
+        """
+        if not self._checkpoint.exists():
+            return None
+        data = io.BytesIO(self._checkpoint.read_bytes())
+        try:
+            saved: dict[str, Any] = torch.load(data, map_location="cpu", weights_only=True)
+            return {"trainer": saved, "commit": saved["commit"]} | saved
+        except Exception as error:  # which one depends on where the damage is
+            raise ValueError(
+                f"{self._checkpoint} is damaged or no checkpoint of a {self.activity} run ({type(error).__name__}); "
+                "remove it to start anew, or restore it"
+            ) from error
+
+    def writers(self, stack: ExitStack, unit: str, done: int, tensorboard: bool) -> list[Writer]:
+        """Where records go, closed by the stack: the log, after its first ``done`` lines, and TensorBoard if asked."""
+        if self._log.exists():
+            # Lines beyond the checkpoint, the last maybe unfinished, are written again.
+            with self._log.open("rb+") as file:
+                for _ in range(done):
+                    file.readline()
+                file.truncate(file.tell())
+        log = stack.enter_context(self._log.open("a"))
+        writers: list[Writer] = [(lambda record: log.write(json.dumps(record) + "\n"), log.flush)]
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError("the TensorBoard log needs tensorboard: pip install tensorboard") from error
+            board: Any = SummaryWriter(self.path, purge_step=done + 1)
+            stack.callback(board.close)
+            writers.append((lambda record: _scalars(board, record, unit), board.flush))
+        return writers
+
+
+def _scalars(board: Any, record: Record, unit: str) -> None:
+    for name, value in record.items():
+        if name != unit and isinstance(value, int | float):
+            board.add_scalar(name, value, record[unit])

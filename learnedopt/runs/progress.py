@@ -1,0 +1,74 @@
+"""While something is trained: records shown as they pass, and signals that stop it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from learnedopt.runs.folder import Record
+from learnedopt.runs.run import Trainable
+
+
+def lines(records: Iterator[Record], trainer: Trainable, say: Callable[[str], None]) -> Iterator[Record]:
+    """The records; ``say`` gets a line for every hundredth, and for every validation."""
+    unit, first, started, steps = trainer.unit, trainer.done, trainer.seconds, 0
+    for record in records:
+        steps += record.get("steps", 0)
+        if record[unit] % 100 == 0 or "validation" in record:
+            pace = f"{record['seconds']:.0f} s"
+            if steps:
+                seconds = max(record["seconds"] - started, 1e-9)
+                speed = (record[unit] - first) / seconds
+                left = (trainer.total - record[unit]) / speed / 60
+                pace = f"{speed:.2f} {unit}s/s  {steps / seconds:.0f} inner steps/s  {left:.0f} min left"
+            validation = f"  validation {record['validation']:.4g}" if "validation" in record else ""
+            say(f"{unit} {record[unit]}  {_loss(record, trainer)}  {pace}{validation}")
+        yield record
+
+
+def bar(records: Iterator[Record], trainer: Trainable) -> Iterator[Record]:
+    """The records; a bar on a terminal moves with them. Raises ``ImportError`` without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("the progress bar needs tqdm: pip install 'learnedopt[train]'") from error
+    validation, started, steps = f"{trainer.best_score:.4g}", trainer.seconds, 0
+    with tqdm(total=trainer.total, initial=trainer.done, unit=trainer.unit) as shown:
+        for record in records:
+            if "validation" in record:
+                validation = f"{record['validation']:.4g}"
+            steps += record.get("steps", 0)
+            speed = steps / max(record["seconds"] - started, 1e-9)
+            shown.set_postfix_str(
+                f"{_loss(record, trainer)}, validation {validation}, {speed:.0f} inner steps/s", refresh=False
+            )
+            shown.update()
+            yield record
+
+
+def _loss(record: Record, trainer: Trainable) -> str:
+    return f"{trainer.loss.replace('_', '-')} {record[trainer.loss]:.4g}"
+
+
+@contextmanager
+def polite_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted, for the caller to stop between two updates; a second one acts as usual."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
