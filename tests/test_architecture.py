@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import pkgutil
+import re
+import sys
+import textwrap
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 
 import pytest
+import torch
 
 import learnedopt
 
@@ -73,7 +80,7 @@ def violations_in_kernels(path: Path, source: str) -> list[str]:
     folder = path.parts[1]
     allowed = ["learnedopt.kernels.core"]
     if folder == "core":
-        allowed += ["learnedopt.rules.base", "learnedopt.rules.recurrent"]
+        allowed += [f"learnedopt.rules.{name}" for name in ("base", "moments", "recurrent")]
     else:
         allowed += ["learnedopt.rules", f"learnedopt.kernels.{folder}"]
     return [name for name in imported_modules(source) if not any(f"{name}.".startswith(f"{x}.") for x in allowed)]
@@ -137,10 +144,83 @@ def test_the_document_names_every_room_that_there_is() -> None:
     assert {room for room in rooms if f"`learnedopt/{room}" not in text} == set()
 
 
-def test_the_walks_go_through_names_that_exist() -> None:
-    """Every dotted name of the document that begins with ``learnedopt.`` can be found."""
-    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
-    names = sorted({word for word in text.split("`")[1::2] if word.startswith("learnedopt.")})
-    assert len(names) > 10
+DOCUMENT = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+
+
+def test_every_name_of_the_document_can_be_found() -> None:
+    names = sorted({word for word in DOCUMENT.split("`")[1::2] if re.fullmatch(r"learnedopt(\.\w+)+", word)})
+    assert len(names) > 30
     for name in names:
         pkgutil.resolve_name(name)
+
+
+def walks(title: str) -> list[list[str]]:
+    """The lists of a walk, each of the names that its items begin with."""
+    section = DOCUMENT.split(f"## {title}\n")[1].split("\n## ")[0]
+    items = re.findall(r"^(\d+)\. `([\w.]+)`", section, re.MULTILINE)
+    lists: list[list[str]] = []
+    for number, name in items:
+        if number == "1":
+            lists.append([])
+        lists[-1].append(name)
+    return lists
+
+
+def calls(name: str) -> set[str]:
+    """The last parts of the names that a function calls, or hands on."""
+    function = inspect.unwrap(pkgutil.resolve_name(name))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+
+
+def files(name: str) -> str:
+    source = inspect.getsourcefile(inspect.unwrap(pkgutil.resolve_name(name)))
+    assert source is not None
+    return str(Path(source).relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize(
+    ("title", "others", "most"),
+    [
+        ("The walk of a gradient", [], 6),
+        ("The walk of a meta-gradient", ["learnedopt.meta.recipe.Recipe.trainer", "learnedopt.rules.LSTMRule"], 7),
+        ("The walk of an episode", ["learnedopt.fewshot.fast.convolution.convolution"], 5),
+    ],
+)
+def test_a_walk_goes_from_call_to_call_through_few_files(title: str, others: list[str], most: int) -> None:
+    """Down: each function calls the next, and no file is come back to but where one list ends and the next begins."""
+    lists = walks(title)
+    assert lists and all(len(names) > 2 for names in lists)
+    for one, other in pairwise(lists):
+        assert other[0] in one
+    for names in lists:
+        for caller, called in pairwise(names):
+            assert called.split(".")[-1] in calls(caller), f"{caller} does not call {called}"
+    assert len({files(name) for names in (*lists, others) for name in names}) <= most
+
+
+def test_a_step_of_the_default_goes_the_way_that_the_walk_tells() -> None:
+    param = torch.ones(6, 5, requires_grad=True)
+    optimizer = learnedopt.LearnedOptimizer([param], backend="blocked")
+    found: set[str] = set()
+
+    def record(frame: FrameType, event: str, argument: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            found.add(str(path.relative_to(PACKAGE)))
+
+    for steps in (2, 1):
+        for _ in range(steps):
+            param.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(steps))
+            if steps == 1:
+                sys.setprofile(record)
+            try:
+                optimizer.step()
+            finally:
+                sys.setprofile(None)
+    walked = {files(name) for names in walks("The walk of a gradient") for name in names}
+    assert walked | {"rules/schedule_free.py"} <= found

@@ -12,28 +12,6 @@ import learnedopt
 
 PACKAGE = Path(learnedopt.__file__).parent
 FILE_LINES, CLASS_LINES, PARAMETERS = 450, 200, 8
-EXCEPTIONS = {
-    "fewshot/episodes.py",
-    "fewshot/learner.py",
-    "fewshot/learner.py: Learner",
-    "fewshot/training.py",
-    "fewshot/training.py: FewShotRun",
-    "fewshot/vectorized.py: apply",
-    "kernels/blocked.py",
-    "kernels/triton_kernels.py",
-    "kernels/triton_kernels.py: _averages",
-    "kernels/triton_kernels.py: _directions",
-    "kernels/triton_kernels.py: _load_units",
-    "kernels/triton_kernels.py: _store_units",
-    "kernels/triton_kernels.py: step_kernel",
-    "kernels/triton_kernels.py: sums_kernel",
-    "meta/trainer.py: MetaTrainer",
-    "optim/optimizer.py",
-    "optim/optimizer.py: LearnedOptimizer",
-    "rules/eigenbasis.py: EigenbasisRule",
-    "rules/schedule_free_lstm.py: ScheduleFreeLSTMRule",
-}
-"""What is too large still. Nothing may join it; what has become small enough leaves it."""
 
 
 def too_large(name: str, source: str) -> Iterator[str]:
@@ -45,6 +23,9 @@ def too_large(name: str, source: str) -> Iterator[str]:
             assert node.end_lineno is not None
             large = node.end_lineno - node.lineno + 1 > CLASS_LINES
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            # What Triton compiles takes addresses and numbers one by one, as a binding of C does.
+            if any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list):
+                continue
             arguments = node.args
             every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
             large = sum(one is not None and one.arg not in ("self", "cls") for one in every) > PARAMETERS
@@ -54,9 +35,9 @@ def too_large(name: str, source: str) -> Iterator[str]:
             yield f"{name}: {node.name}"
 
 
-def test_what_is_too_large_is_known() -> None:
+def test_nothing_is_too_large() -> None:
     files = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in PACKAGE.glob("**/*.py")}
-    assert {found for name, source in files.items() for found in too_large(name, source)} == EXCEPTIONS
+    assert [found for name, source in files.items() for found in too_large(name, source)] == []
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def modern_training(state: Mapping[str, Any]) -> dict[str, Any]:
     }
     settings = dict(state["config"])
     if "coordinates" in settings:
-        settings["coordinates"] = [
+        settings["coordinates"] = tuple(
             (name.replace("readout.", "modulator.readout."), *range_) for name, *range_ in settings["coordinates"]
-        ]
+        )
     return {**state, **weights, "rule_config": modern, "config": settings}
 
 

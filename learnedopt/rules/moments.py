@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,8 +41,21 @@ def in_range(grad: Tensor) -> Tensor:
     return grad.clamp(-limit, limit)
 
 
+class Averaging(Protocol):
+    """Settings of Adam's moments."""
+
+    @property
+    def momentum_decay(self) -> float: ...
+
+    @property
+    def square_decay(self) -> float: ...
+
+    @property
+    def eps(self) -> float: ...
+
+
 def adam_directions(
-    grad: Tensor, state: State, corrections: Tensor, *, momentum_decay: float, square_decay: float, eps: float
+    grad: Tensor, state: State, corrections: Tensor, config: Averaging
 ) -> tuple[State, tuple[Tensor, Tensor]]:
     r"""Advance ``momentum`` and ``square``; the momentum and the gradient over the running RMS.
 
@@ -51,8 +65,8 @@ def adam_directions(
     """
     grad = in_range(grad)
     # Not torch.lerp: in float32 it takes 1 - 0.999 for a number that is off by 1e-5 of itself.
-    momentum = momentum_decay * state["momentum"] + (1.0 - momentum_decay) * grad
-    square = square_decay * state["square"] + (1.0 - square_decay) * grad.square()
+    momentum = config.momentum_decay * state["momentum"] + (1.0 - config.momentum_decay) * grad
+    square = config.square_decay * state["square"] + (1.0 - config.square_decay) * grad.square()
     # The square root of zero has no derivative; the clamp keeps second-order meta-gradients from NaN there.
-    rms = (square * corrections[1]).clamp(min=torch.finfo(grad.dtype).tiny).sqrt() + eps
+    rms = (square * corrections[1]).clamp(min=torch.finfo(grad.dtype).tiny).sqrt() + config.eps
     return {"momentum": momentum, "square": square}, (momentum * corrections[0] / rms, grad / rms)

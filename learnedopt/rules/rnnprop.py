@@ -114,14 +114,7 @@ class RNNpropRule(UpdateRule):
 
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
         config = self.config
-        moments, directions = adam_directions(
-            grad,
-            state,
-            statistics,
-            momentum_decay=config.momentum_decay,
-            square_decay=config.square_decay,
-            eps=config.eps,
-        )
+        moments, directions = adam_directions(grad, state, statistics, config)
         x = F.elu(torch.addmm(self.inputs.bias.unsqueeze(1), self.inputs.weight, torch.stack(directions)))
         top, h, c = self.lstm(x, state["h"], state["c"])
         out = torch.addmm(self.readout.bias.unsqueeze(1), self.readout.weight, top).squeeze(0)

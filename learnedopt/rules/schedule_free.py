@@ -207,7 +207,7 @@ class ScheduleFreeRule(UpdateRule):
         own_grad: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         corrections = self.corrections(state)
-        _, (a, g) = self._directions(grad, state, segments.expand(corrections))
+        _, (a, g) = adam_directions(grad, state, segments.expand(corrections), self.config)
         # The way is much smaller than the parameters: in bases, rounding them would be most of it.
         slope = (grad if own_grad is None else own_grad).clamp(-self.way_limit, self.way_limit)
         way = (state["origin"] - param).clamp(-self.way_limit, self.way_limit)
@@ -268,7 +268,7 @@ class ScheduleFreeRule(UpdateRule):
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:
         config = self.config
         offset = state["offset"]
-        moments, (a, g) = self._directions(grad, state, statistics)
+        moments, (a, g) = adam_directions(grad, state, statistics, config)
         averaging, shared = statistics[Row.AVERAGING], statistics[Row.FEATURES :].expand(-1, grad.numel())
         seen = torch.cat([torch.stack([a, g, a.abs(), offset * statistics[Row.PER_OFFSET]]), shared])
         out, units = self.modulator(seen, state)
@@ -280,18 +280,6 @@ class ScheduleFreeRule(UpdateRule):
         beta = config.interpolation
         delta = weight * offset - (1.0 - beta + beta * weight) * move
         return delta, {**units, **moments, "offset": (1.0 - weight) * (offset - beta * move)}
-
-    def _directions(self, grad: Tensor, state: State, corrections: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
-        """:func:`~learnedopt.rules.moments.adam_directions`."""
-        config = self.config
-        return adam_directions(
-            grad,
-            state,
-            corrections,
-            momentum_decay=config.momentum_decay,
-            square_decay=config.square_decay,
-            eps=config.eps,
-        )
 
 
 def _check(config: ScheduleFreeConfig) -> None:

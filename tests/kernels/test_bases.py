@@ -14,7 +14,7 @@ from benchmarks.step_cost import extra_memory
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels import StepOptions, Tensors, get_backend, step
 from learnedopt.kernels.bases import step as bases
-from learnedopt.rules import InEigenbases, ScheduleFreeRule, Segments, State
+from learnedopt.rules import InEigenbases, ScheduleFreeConfig, ScheduleFreeRule, Segments, State
 from learnedopt.rules.coordinates import AGE, GradientSize
 from learnedopt.rules.eigenbasis import Eigenbases
 from tests.optim.reference import draw_grads, in_bases, same_bits, snapshot, trained
@@ -149,7 +149,7 @@ def test_a_tensor_in_strips_refuses_statistics_that_add_up_twice(monkeypatch: py
 
     monkeypatch.setattr(bases, "AT_ONCE", 25)
     rule = in_bases(max_side=6)
-    rule.inner = Twice(rule.inner.config)
+    rule.inner = Twice(cast(ScheduleFreeConfig, rule.inner.config))
     param = torch.ones(20, 5, requires_grad=True)
     param.grad = torch.ones(20, 5)
     with pytest.raises(NotImplementedError, match="Twice add up twice"):

@@ -133,7 +133,7 @@ def test_a_rule_made_of_others_is_served_by_what_serves_them_all(kind: type[TwoR
 
 def test_each_part_moves_its_own_tensors() -> None:
     rule = TwoRules(MomentumRule(), MomentumRule()).requires_grad_(False)
-    rule.other.log_step.fill_(-torch.inf)  # type: ignore[union-attr, operator]
+    rule.other.log_step.fill_(-torch.inf)  # type: ignore[operator]
     params = [torch.ones(2, 3), torch.ones(4), torch.ones(1, 1)]
     states = [{"momentum": torch.zeros_like(param)} for param in params]
     grads = [torch.ones_like(param) for param in params]

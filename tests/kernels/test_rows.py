@@ -88,7 +88,7 @@ def test_the_way_is_taken_in_the_tensors_own_coordinates(backend: str, maximize:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    rule = build_rule({"kind": "schedule_free", "num_layers": 0}).requires_grad_(False)
+    rule = build_rule({"kind": "schedule_free"}).requires_grad_(False)
     shapes = [(20,), (3, 7), (100, 401), (5, 6)]
     params, grads, own_grads = ([draw(*shape).to(dtype) for shape in shapes] for _ in range(3))
     params[3], own_grads[1] = params[3].t().contiguous().t(), own_grads[1].t().contiguous().t()

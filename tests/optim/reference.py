@@ -61,7 +61,13 @@ class TraceRule(UpdateRule):
         }
 
     def statistics(
-        self, param: Tensor, grad: Tensor, state: State, segments: Segments, loss: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        segments: Segments,
+        loss: Tensor | None = None,
+        own_grad: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         means = state["means"] + segments.mean(torch.stack([grad, grad.square(), param]))
         steps = state["steps"] + 1

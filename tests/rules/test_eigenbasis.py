@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -77,10 +77,8 @@ class NaiveMatrix:
         square = turns[0] ** 2 @ self.state["square"].numpy().reshape(self.shape) @ turns[1].T ** 2
         inside["square"] = torch.from_numpy(square.reshape(-1))
         if not np.array_equal(turns[0], np.eye(self.shape[0])):
-            most = (
-                momentum_bound(self.config.inner.momentum_decay, self.config.inner.square_decay)
-                * inside["square"].sqrt()
-            )
+            frame = cast(ScheduleFreeConfig, self.config.inner)
+            most = momentum_bound(frame.momentum_decay, frame.square_decay) * inside["square"].sqrt()
             inside["momentum"] = inside["momentum"].clamp(-most, most)
         slope = enter(grad)
         slope[slope.abs() <= 1e-6 * norm] = 0.0
@@ -186,8 +184,8 @@ def test_directions_without_gradient_are_not_scaled_up_from_rounding_errors() ->
 
 def test_a_side_that_is_too_long_has_no_basis() -> None:
     rule = make_rule(max_side=3)
-    for shape, side in (((3, 4), "left"), ((4, 3), "right")):
-        own = rule.coordinates.initial(shape, torch.float64, None)
+    for served, side in (((3, 4), "left"), ((4, 3), "right")):
+        own = rule.coordinates.initial(served, torch.float64, None)
         assert {name: value.shape for name, value in own.items()} == {
             f"{side}_factor": (3, 3),
             f"{side}_basis": (3, 3),

@@ -25,6 +25,7 @@ from learnedopt.meta import (
 )
 from learnedopt.meta.config import from_flat
 from learnedopt.rules import LSTMConfig, RuleConfig, ScheduleFreeConfig
+from learnedopt.rules.legacy import modern_training
 from learnedopt.runs import Run
 from learnedopt.tasks import Mixture, Quadratics, TaskFamily
 
@@ -120,7 +121,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def as_now(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a trainer, from a checkpoint of then or of now."""
-    trainer = dict(state.get("trainer", state))
+    trainer = modern_training(state.get("trainer", state))
     trainer.pop("commit", None)
     if "config" in trainer:
         trainer["config"] = from_flat(trainer["config"])

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class AdamSettings(Protocol):
-    """How Adam's moments are averaged."""
-
-    @property
-    def momentum_decay(self) -> float: ...
-    @property
-    def square_decay(self) -> float: ...
-    @property
-    def eps(self) -> float: ...
+from learnedopt.rules.moments import Averaging
 
 
 def adam_directions(
-    grad: Tensor, corrections: Tensor, moments: tuple[Tensor, Tensor], settings: AdamSettings, out: Tensor, rms: Tensor
+    grad: Tensor, corrections: Tensor, moments: tuple[Tensor, Tensor], settings: Averaging, out: Tensor, rms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`~learnedopt.rules.moments.adam_directions` into the two rows of ``out``, the moments where they are."""
     momentum, square = moments
