@@ -31,13 +31,13 @@ def has_coordinates(rule: UpdateRule, param: Tensor) -> bool:
 def init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype: StateDtype) -> State:
     """The state of a parameter before its first step."""
     layout, spec = state_layout(rule, dtype, state_dtype), rule.state_spec()
-    own = {} if rule.coordinates is None else rule.coordinates.initial(param.shape, dtype, param.device)
-    state: State = own
+    state: State = {} if rule.coordinates is None else rule.coordinates.initial(param.shape, dtype, param.device)
+    gathered = bool(state)
     for name, kept in layout.items():
         if name in spec and spec[name].starts_at == "param":
-            start = whole(param) if own else param
+            start = whole(param) if gathered else param
             state[name] = copy_beside(start, start.detach(), kept.dtype)
-        elif kept.scope == "coordinate" and not own:
+        elif kept.scope == "coordinate" and not gathered:
             state[name] = zeros_beside(param, kept.shape, kept.dtype)
         else:
             shape = _shape(kept, param)
