@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from learnedopt.kernels import BackendName
-from learnedopt.optim.options import LATER, Loss, checked, warn_of_decay_meant_for_another_lr
+from learnedopt.optim.options import LATER, Loss, checked, warn_of_options_meant_for_adam
 from learnedopt.optim.placement import Backends
 from learnedopt.optim.registry import RuleLike, RuleRegistry
 from learnedopt.optim.state import check_same_shapes, load_state, up_to_date
@@ -47,7 +47,7 @@ class RuleGroups(Optimizer):
             if param_group.get("rule_sha256") not in self._rules:
                 param_group.update(self._identity(param_group.get("rule")))
         super().add_param_group(param_group)
-        warn_of_decay_meant_for_another_lr(self.param_groups[-1])
+        warn_of_options_meant_for_adam(self.param_groups[-1], self.param_groups[:-1])
         self._backends.place(self.param_groups[-1], self._rules)
 
     @property
@@ -69,11 +69,11 @@ class RuleGroups(Optimizer):
         """Load what :meth:`state_dict` gave. State keeps its precision and shares no memory with ``state_dict``.
 
         Options become those of ``state_dict``, except for ``state_dtype``: state that was kept in another dtype is
-        converted to this optimizer's.
+        converted to this optimizer's. What wrappers keep there, in ``state`` or in the state of a parameter, is kept.
 
         Raises:
-            ValueError: the state belongs to another rule than this optimizer runs, or its groups or shapes do not
-                match.
+            ValueError: the state belongs to another rule than this optimizer runs, or to another optimizer; its groups
+                or shapes do not match; or an option is missing or is none that a group may have.
         """
         saved: StateDict = {}
         state_dtypes = [group["state_dtype"] for group in self.param_groups]
@@ -84,7 +84,9 @@ class RuleGroups(Optimizer):
             state_dict = up_to_date(self.param_groups, state_dict, self._rules)
             check_same_shapes(self.param_groups, state_dict, self._rules)
             saved.update(state_dict)
-            return {**state_dict, "state": {}}
+            of_params = {index for group in state_dict["param_groups"] for index in group["params"]}
+            of_others = {key: value for key, value in state_dict["state"].items() if key not in of_params}
+            return {**state_dict, "state": of_others}
 
         def restore_state(_: Optimizer) -> None:
             for group, saved_group, kept in zip(self.param_groups, saved["param_groups"], state_dtypes):

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from learnedopt.kernels import BackendName, Case, StepOptions, step
 from learnedopt.optim.groups import RuleGroups
-from learnedopt.optim.options import Group, Loss, NonFinite, check_finite, check_layouts, checked, read_loss
+from learnedopt.optim.options import Group, Loss, NonFinite, check_finite, check_params, checked, read_loss
 from learnedopt.optim.placement import batches, without_autocast
 from learnedopt.optim.registry import RuleLike
 from learnedopt.optim.sharding import mean_over, sent
@@ -29,9 +29,9 @@ class LearnedOptimizer(RuleGroups):
         (\Delta, s) &\leftarrow \mathrm{rule}(\theta, g, s) \\
         \theta &\leftarrow (1 - \eta\lambda)\,\theta + \eta\,\Delta
 
-    ``lr`` (:math:`\eta`) multiplies the learned update: 1 is the rule as it was trained, 0 changes no bit of any
-    parameter. Weight decay (:math:`\lambda`) is decoupled and scaled by ``lr`` as in AdamW; the rule sees the
-    parameters before decay.
+    **Leave ``lr`` out.** It is no learning rate of Adam's: it multiplies the learned update (:math:`\eta`). 1 is
+    the rule as it was trained, 0 changes no bit of any parameter, and 0.001 trains next to nothing. Weight decay
+    (:math:`\lambda`) is decoupled and scaled by ``lr`` as in AdamW; the rule sees the parameters before decay.
 
     Parameters may be of any shape, strides and floating-point dtype. Complex ones are optimized as pairs of reals,
     those without a gradient are skipped, and one that is listed twice is updated once. Rule, state and arithmetic
@@ -148,7 +148,7 @@ class LearnedOptimizer(RuleGroups):
             with torch.enable_grad():
                 returned = closure()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        check_layouts(params, type(self).__name__)
+        check_params(self.param_groups, self.state, self._rules, type(self).__name__)
         given = next((value for value in (loss, returned, self._observed_loss) if value is not None), None)
         observed = read_loss(given, self.param_groups, self._rules)
         skip = check_finite(observed, self.param_groups, self._rules)

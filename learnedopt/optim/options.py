@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,6 +34,8 @@ def checked(options: Group) -> Group:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if not isinstance(options.get("maximize", False), bool):
+        raise ValueError(f"maximize must be True or False, got {options['maximize']!r}")
     nonfinite = options.get("nonfinite", "propagate")
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {nonfinite!r}")
@@ -43,16 +48,41 @@ def checked(options: Group) -> Group:
     return {**options, "state_dtype": state_dtype}
 
 
-def warn_of_decay_meant_for_another_lr(group: Group) -> None:
-    """Warn where a step takes more than a thousandth off every weight."""
+SMALL_LR = 0.01
+"""A rate in Adam's range. As a multiplier of learned updates it trains next to nothing."""
+
+
+def warn_of_options_meant_for_adam(group: Group, before: Sequence[Group]) -> None:
+    """Warn of a rate that trains next to nothing, and where a step takes more than a thousandth off every weight.
+
+    Args:
+        before: The groups before it. Of their rates a warning was given already.
+    """
+    lr = float(group["lr"])
+    if 0.0 < lr <= SMALL_LR and not any(0.0 < float(other["lr"]) <= SMALL_LR for other in before):
+        warnings.warn(
+            f"lr={lr:g} multiplies a learned update, whose step sizes are learned too: with so small a multiplier next "
+            "to nothing is trained. If it was chosen for Adam, leave lr out: 1 is the rule as it was trained",
+            stacklevel=_to_the_user(),
+        )
     decay = float(group["lr"]) * group["weight_decay"]
     if decay > 1e-3:
         warnings.warn(
             f"weight_decay={group['weight_decay']:g} at lr={float(group['lr']):g} takes {100 * decay:.2g} % off every "
             "weight in every step. If it was chosen for AdamW, multiply it by the learning rate that AdamW had: lr "
             "multiplies a learned update, and is 1 by default",
-            stacklevel=4,
+            stacklevel=_to_the_user(),
         )
+
+
+def _to_the_user() -> int:
+    """The ``stacklevel`` by which a warning names the first line that is neither of torch nor of this package."""
+    ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, sys.modules["learnedopt"]))
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and frame.f_code.co_filename.startswith(ours):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def param_names(group: Group) -> list[str]:
@@ -60,23 +90,41 @@ def param_names(group: Group) -> list[str]:
     return group.get("param_names") or [f"parameter {index}" for index in range(len(group["params"]))]
 
 
-def check_layouts(params: Iterable[Tensor], optimizer: str) -> None:
-    """Raise ``RuntimeError`` where a gradient or a parameter cannot be worked on."""
-    for param in params:
-        if param.grad is None:
-            continue
-        if param.grad.layout != torch.strided:
-            raise RuntimeError(f"{optimizer} does not support sparse gradients")
-        if param.is_complex() and param.is_conj():  # in this order, because compilers do not know the second
-            raise RuntimeError(
-                f"{optimizer} cannot update a conjugate view, here of shape {tuple(param.shape)}: make it a parameter "
-                "of its own with resolve_conj()"
-            )
-        if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
-            raise RuntimeError(
-                f"{optimizer} cannot update an expanded parameter, here of shape {tuple(param.shape)}: several of its "
-                "elements are one number in memory; make it a parameter of its own with clone()"
-            )
+def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: RuleRegistry, optimizer: str) -> None:
+    """Raise ``RuntimeError`` where a gradient, a parameter or its state cannot be worked on."""
+    for group in groups:
+        for name, param in zip(param_names(group), group["params"]):
+            if param.grad is None:
+                continue
+            if param.grad.layout != torch.strided:
+                raise RuntimeError(f"{optimizer} does not support sparse gradients")
+            if param.is_complex() and param.is_conj():  # in this order, because compilers do not know the second
+                raise RuntimeError(
+                    f"{optimizer} cannot update a conjugate view, here of shape {tuple(param.shape)}: make it a "
+                    "parameter of its own with resolve_conj()"
+                )
+            if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
+                raise RuntimeError(
+                    f"{optimizer} cannot update an expanded parameter, here of shape {tuple(param.shape)}: several of "
+                    "its elements are one number in memory; make it a parameter of its own with clone()"
+                )
+            if state.get(param):
+                _check_state(name, param, state[param], rules.probe(group["rule_sha256"]))
+
+
+def _check_state(name: str, param: Tensor, state: Mapping[str, Tensor], probe: tuple[str, int] | None) -> None:
+    """Kernels trust that state has the shape of its parameter. One entry tells: they are made and loaded together."""
+    if probe is None or (param.is_complex() and torch.compiler.is_compiling()):
+        return
+    entry, lead = probe
+    shape = (*param.shape, 2) if param.is_complex() else param.shape
+    if entry not in state or state[entry].shape[lead:] != shape:
+        found = tuple(state[entry].shape[lead:]) if entry in state else None
+        raise RuntimeError(
+            f"a state does not have the shape of its parameter: {name} has shape {tuple(shape)}, and its state was "
+            f"made for {found}. A parameter cannot change its shape under an optimizer: construct another one, and move "
+            "the state as docs/drop_in.md says"
+        )
 
 
 def read_loss(loss: Loss | None, groups: Sequence[Group], rules: RuleRegistry) -> Tensor | None:

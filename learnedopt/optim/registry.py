@@ -25,6 +25,7 @@ class RuleRegistry:
     def __init__(self) -> None:
         self._rules: dict[str, UpdateRule] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self._probes: dict[str, tuple[str, int] | None] = {}
         self._placed: dict[tuple[str, torch.device, torch.dtype], UpdateRule] = {}
 
     def __contains__(self, sha256: str | None) -> bool:
@@ -66,6 +67,14 @@ class RuleRegistry:
     def dtype(self, sha256: str, param_dtype: torch.dtype) -> torch.dtype:
         """What a rule computes in, and keeps state in, for parameters of a real dtype: the wider of the two."""
         return torch.promote_types(self._dtypes[sha256], param_dtype)
+
+    def probe(self, sha256: str) -> tuple[str, int] | None:
+        """An entry that every state by a rule has for each coordinate, and how many dimensions it has before those."""
+        if sha256 not in self._probes:
+            spec = self._rules[sha256].state_spec().items()
+            found = ((name, len(its.shape)) for name, its in spec if its.scope == "coordinate")
+            self._probes[sha256] = next(found, None)
+        return self._probes[sha256]
 
     def placed(self, sha256: str, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """A rule on a device and in a dtype, made once."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from learnedopt.kernels import StateDtype, StoredSpec, keep_state, read_state, state_layout
-from learnedopt.optim.options import Group, param_names
+from learnedopt.optim.options import Group, checked, param_names
 from learnedopt.optim.registry import RuleRegistry
 from learnedopt.optim.sharding import copy_beside, local, whole, zeros_beside
 from learnedopt.rules import State, UpdateRule
@@ -49,13 +51,15 @@ def load_state(
 ) -> State:
     """A copy of saved state as it should be for a parameter: precision, device, and spread over processes."""
     param = as_real(param)
-    layout, gathered = state_layout(rule, dtype, saved_as), has_coordinates(rule, param)
+    layout, own, gathered = state_layout(rule, dtype, saved_as), _own(rule, param), has_coordinates(rule, param)
     placed: State = {}
     for name, values in saved.items():
         if name == AGE:
             placed[name] = whole(values).to("cpu", torch.int64, copy=True)
         elif name in layout and layout[name].scope == "coordinate" and not gathered:
             placed[name] = copy_beside(param, values, layout[name].dtype)
+        elif name not in layout and name not in own:  # what a wrapper keeps there
+            placed[name] = copy.deepcopy(values)
         else:
             kept = layout[name].dtype if name in layout else dtype
             placed[name] = whole(values).to(param.device, kept, copy=True, memory_format=torch.contiguous_format)
@@ -77,6 +81,7 @@ def up_to_date(groups: list[Group], saved: StateDict, rules: RuleRegistry) -> St
     """
     state, saved_groups = dict(saved["state"]), []
     for index, (group, saved_group) in enumerate(zip(groups, saved["param_groups"])):
+        saved_group = _checked(saved_group, index)
         if rules.came_before(group["rule_sha256"], saved_group.get("rule_sha256")):
             for param, key in zip(group["params"], saved_group["params"]):
                 if key in state:
@@ -92,6 +97,22 @@ def up_to_date(groups: list[Group], saved: StateDict, rules: RuleRegistry) -> St
     return {**saved, "state": state, "param_groups": saved_groups + saved["param_groups"][len(groups) :]}
 
 
+def _checked(saved: Group, index: int) -> Group:
+    """A saved group; refused in a sentence where it is not one of a learned optimizer, or is damaged."""
+    if "rule_sha256" not in saved:
+        raise ValueError(
+            f"parameter group {index}: this is not the state of a learned optimizer (it names no rule, and has the "
+            f"options {sorted(saved.keys() - {'params'})}): load what the state_dict() of one gave"
+        )
+    if missing := [name for name in ("lr", "weight_decay", "params") if name not in saved]:
+        raise ValueError(f"parameter group {index}: the state to load lacks {missing}")
+    try:
+        checked(saved)
+    except ValueError as error:
+        raise ValueError(f"parameter group {index} of the state to load: {error}") from error
+    return saved
+
+
 def check_same_shapes(groups: list[Group], saved: StateDict, rules: RuleRegistry) -> None:
     """Raise ``ValueError`` where state to load is not of a parameter's shape."""
     for group, saved_group in zip(groups, saved["param_groups"]):
@@ -103,7 +124,8 @@ def check_same_shapes(groups: list[Group], saved: StateDict, rules: RuleRegistry
             }
             dtype = rules.dtype(group["rule_sha256"], param.dtype.to_real())
             layout = state_layout(rule, dtype, saved_group.get("state_dtype", "float32"))
-            if found and found != (expected := _state_shapes(rule, layout, as_real(param))):
+            expected = _state_shapes(rule, layout, as_real(param))
+            if found and any(found.get(entry) != shape for entry, shape in expected.items()):
                 raise ValueError(
                     f"{name} has shape {tuple(param.shape)} and its state the shapes {expected}, but the state to "
                     f"load has {found}: its parameters must be those of this optimizer, in the same order"

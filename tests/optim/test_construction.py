@@ -67,9 +67,22 @@ def test_weight_decay_meant_for_a_small_lr_is_noticed(lr: float, decay: float, w
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         LearnedOptimizer(groups, rule=LSTMRule(), lr=lr)
-    assert [str(one.message).split(" in every step")[0] for one in caught] == (
+    of_decay = [str(one.message) for one in caught if "weight_decay=" in str(one.message)]
+    assert [message.split(" in every step")[0] for message in of_decay] == (
         ["weight_decay=0.01 at lr=1 takes 1 % off every weight"] if warned else []
     )
+
+
+@pytest.mark.parametrize(("lr", "warned"), [(1e-3, True), (1e-2, True), (0.0, False), (0.02, False), (1.0, False)])
+def test_a_rate_meant_for_adam_is_noticed_once(lr: float, warned: bool) -> None:
+    params = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        optimizer = LearnedOptimizer([{"params": params[:1]}, {"params": params[1:2]}], lr=lr)
+        optimizer.add_param_group({"params": params[2:]})
+    assert len(found) == warned
+    assert all("leave lr out: 1 is the rule as it was trained" in str(each.message) for each in found)
+    assert all(each.filename == __file__ for each in found)
 
 
 @each_case

@@ -157,7 +157,7 @@ def test_the_state_of_another_rule_is_refused_by_name_and_fingerprint() -> None:
     with pytest.raises(ValueError, match=f"made with rule 'lstm' .sha256 {first}.* runs 'lstm' .sha256 {second}"):
         one.load_state_dict(other.state_dict())
     adam = torch.optim.Adam(draw_params(torch.Generator(), ["vector"]))
-    with pytest.raises(ValueError, match="made with rule None"):
+    with pytest.raises(ValueError, match="not the state of a learned optimizer"):
         one.load_state_dict(adam.state_dict())
     assert same_bits(snapshot(one), before)
     other.load_state_dict(other.state_dict())  # nothing of the failed loads is left behind
@@ -254,3 +254,53 @@ def test_a_distributed_checkpoint_keeps_everything(case: Case, flatten: bool) ->
     set_optimizer_state_dict(other_net, other, saved, options=options)
     assert same_bits(snapshot(other), snapshot(optimizer))
     assert other.param_groups[0]["rule_sha256"] == optimizer.param_groups[0]["rule_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("lr", -1.0, "Invalid learning rate"),
+        ("lr", float("nan"), "Invalid learning rate"),
+        ("weight_decay", float("inf"), "Invalid weight_decay"),
+        ("nonfinite", "hope", "nonfinite must be one of"),
+        ("maximize", "yes", "maximize must be True or False"),
+        ("state_dtype", "float8", "state_dtype must be one of"),
+        ("lr", None, r"lacks \['lr'\]"),
+    ],
+)
+def test_options_that_no_group_may_have_are_refused_when_loaded(option: str, value: object, problem: str) -> None:
+    optimizer, _ = started(CASES["lstm"])
+    saved, kept = copy.deepcopy(optimizer.state_dict()), snapshot(optimizer)
+    if value is None:
+        del saved["param_groups"][0][option]
+    else:
+        saved["param_groups"][0][option] = value
+    with pytest.raises(ValueError, match=f"parameter group 0.*{problem}"):
+        optimizer.load_state_dict(saved)
+    assert same_bits(snapshot(optimizer), kept)
+
+
+def test_the_state_of_another_optimizer_is_refused_in_a_sentence() -> None:
+    optimizer, _ = started(CASES["lstm"])
+    adam = torch.optim.Adam(optimizer.param_groups[0]["params"])
+    with pytest.raises(ValueError, match=r"not the state of a learned optimizer .*'betas'"):
+        optimizer.load_state_dict(adam.state_dict())
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@each_case
+def test_what_wrappers_keep_in_the_state_comes_back(case: Case, state_dtype: torch.dtype) -> None:
+    """A number for all parameters, as some wrappers have, and a slow copy of each, as Lookahead has."""
+    optimizer, generator = started(case)
+    params = optimizer.param_groups[0]["params"]
+    optimizer.state["global"] = {"scale": torch.tensor(0.25), "steps": 7}  # type: ignore[index]
+    for param in params:
+        optimizer.state[param]["slow_buffer"] = param.detach().clone()
+    saved = copy.deepcopy(optimizer.state_dict())
+    fresh = case.build([param.detach().clone().requires_grad_() for param in params], state_dtype=state_dtype)
+    fresh.load_state_dict(saved)
+    assert fresh.state["global"] == {"scale": torch.tensor(0.25), "steps": 7}  # type: ignore[index]
+    for param, other in zip(params, fresh.param_groups[0]["params"], strict=True):
+        assert torch.equal(fresh.state[other]["slow_buffer"], param)
+    go_on(fresh, generator, 1)
+    assert "slow_buffer" in fresh.state_dict()["state"][0]

@@ -254,6 +254,26 @@ def test_all_that_is_trained_is_counted_however_it_is_grouped() -> None:
 
 
 @each_case
+@pytest.mark.parametrize(
+    ("before", "after"), [((10,), (1000,)), ((40, 8), (20, 8)), ((20, 16), (40, 8)), ((4, 4), (4,))]
+)
+def test_a_parameter_that_has_changed_its_shape_is_refused_before_anything_changes(
+    case: Case, before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    """Through ``.data``, as densification and resized vocabularies do; kernels would write beyond the state."""
+    first, param = torch.ones(3, requires_grad=True), torch.ones(before, requires_grad=True)
+    optimizer = case.build([first, param])
+    first.grad, param.grad = torch.ones(3), torch.ones(before)
+    optimizer.step(loss=0.5)
+    param.data, param.grad = torch.ones(after), None
+    param.grad = torch.ones(after)
+    kept = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="a state does not have the shape of its parameter: parameter 1 has shape"):
+        optimizer.step(loss=0.5)
+    assert same_bits(snapshot(optimizer), kept)
+
+
+@each_case
 def test_tied_weights_are_one_parameter(case: Case) -> None:
     first, second = (nn.Linear(4, 4, bias=False) for _ in range(2))
     second.weight = first.weight
