@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from learnedopt.fewshot.fast.convolution import Geometry, convolution
 from learnedopt.fewshot.network import Network
@@ -55,7 +57,9 @@ def apply(
 
     def one(own: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         used: Statistics = {}
-        with statistics(rows, running=running, twice=twice, record=None if record is None else used):
+        # The fused forms of attention have no second derivatives.
+        attention = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
+        with attention, statistics(rows, running=running, twice=twice, record=None if record is None else used):
             outputs = torch.func.functional_call(module, {**shared, **own}, (x,), tie_weights=False)
         norms[:] = used
         return outputs, list(used.values())
@@ -71,6 +75,11 @@ def apply(
     if record is not None:
         record(dict(zip(norms, used)))
     return outputs
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a sequence of layers that :func:`apply` knows, and runs itself."""
+    return _layers(module, "", {}) is not None
 
 
 def numbers_per_image(module: nn.Module, example_shape: tuple[int, ...]) -> float:
