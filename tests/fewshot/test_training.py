@@ -430,7 +430,7 @@ def test_a_damaged_entry_is_refused(tmp_path: Path) -> None:
         "backbone": MLP(hidden=(3,)),
     }
     entry = save_learner(learner, tmp_path / "x", **settings)
-    assert load_learner(tmp_path / "x").config == MAMLConfig() == learner_info(entry.path).learner
+    assert load_learner(tmp_path / "x", "transductive").config == MAMLConfig() == learner_info(entry.path).learner
     weights = tmp_path / "x" / "weights.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -492,7 +492,7 @@ ON_LETTERS = {
 def test_shipped_learners_learn_letters_as_well_as_they_did() -> None:
     assert sorted(ON_LETTERS) == list_learners()
     for name, recorded in ON_LETTERS.items():
-        learner = load_learner(name)
+        learner = load_learner(name, learner_info(name).learner.normalization)
         channels, size, _ = learner.shape.example_shape
         classes = datasets.glyphs("test", letters=20, examples=6, size=size)
         classes = dataclasses.replace(classes, images=classes.images.expand(-1, channels, -1, -1))

@@ -13,7 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from learnedopt.fewshot.fast.convolution import Geometry, convolution
 from learnedopt.fewshot.network import Network
-from learnedopt.fewshot.normalization import EpisodicBatchNorm, Statistics, batch_norms, in_channels, statistics
+from learnedopt.fewshot.normalization import (
+    EpisodicBatchNorm,
+    Statistics,
+    batch_norms,
+    has_hooks,
+    in_channels,
+    statistics,
+)
 
 
 def apply(
@@ -54,11 +61,12 @@ def apply(
             record(found)
         return outputs
     norms: list[EpisodicBatchNorm] = []
+    together = len(x) > 1
 
     def one(own: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         used: Statistics = {}
-        # The fused forms of attention have no second derivatives.
-        attention = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
+        # The fused forms of attention have no second derivatives, nor a rule for vmap.
+        attention = sdpa_kernel(SDPBackend.MATH) if twice or together else nullcontext()
         with attention, statistics(rows, running=running, twice=twice, record=None if record is None else used):
             outputs = torch.func.functional_call(module, {**shared, **own}, (x,), tie_weights=False)
         norms[:] = used
@@ -110,7 +118,7 @@ def _layers(module: nn.Module, prefix: str, seen: dict[nn.Module, str]) -> list[
     Running these on arrays with an axis of episodes takes less time than ``vmap``, which reaches the same products by
     way of many more operations, and in second derivatives of convolutions takes one episode after another.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_hooks(module):
         return None
     # A module that has two places goes by the name of the first.
     prefix = seen.setdefault(module, prefix)

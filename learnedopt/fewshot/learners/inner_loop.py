@@ -84,10 +84,10 @@ class AdaptedNetwork(Part):
     support_x: Tensor
 
     def predict(self, query_x: Tensor) -> Tensor:
-        found = self.learner.query(self.params, self.updates, self.support_x, query_x)
         if self.learner.normalizes_queries_together:
-            _check_number(query_x.shape[1], 1 if self.learner.shape.ways is None else found.shape[-1])
-        return found
+            ways = 1 if self.learner.shape.ways is None else self.params["head.weight"].shape[1]
+            _check_number(query_x.shape[1], ways)
+        return self.learner.query(self.params, self.updates, self.support_x, query_x)
 
 
 class InnerLoopLearner(Learner):
