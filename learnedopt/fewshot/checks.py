@@ -68,18 +68,17 @@ def check_gradients(backbone: nn.Module, example_shape: tuple[int, ...], names: 
         example_shape: Of one example.
         names: Parameters that are an episode's own.
     """
+    like = next((weight for weight in backbone.parameters() if weight.requires_grad), None)
+    if like is None or like.is_meta or is_plain(backbone):
+        return
     theirs = copy.deepcopy(backbone).train()
     weights = dict(theirs.named_parameters())
-    trained = [weight for weight in weights.values() if weight.requires_grad]
-    if not trained or trained[0].is_meta or is_plain(backbone):
-        return
-    like = trained[0]
     seed = torch.cuda.manual_seed if like.is_cuda else torch.default_generator.manual_seed
     with torch.random.fork_rng([like.device] if like.is_cuda else []), torch.enable_grad():
         # Examples require gradients, without which reentrant checkpoints pass none on.
         x = torch.rand(4, *example_shape, dtype=like.dtype, device=like.device).requires_grad_()
         with torch.no_grad():
-            for weight in trained:
+            for weight in weights.values():
                 weight.add_(0.1 * torch.randn_like(weight))
         ours = copy.deepcopy(theirs)
         with torch.no_grad():

@@ -369,7 +369,8 @@ def test_an_exported_learner_is_loaded_as_it_was(config: Any, blobs: str, tmp_pa
     finish(run)
     entry = run.export(tmp_path / "zoo")
     assert entry.name == "tiny" and entry.card.startswith("# tiny") and entry.training["steps"] == 6
-    learner, best = load_learner(entry.path), run.best_learner()
+    best = run.best_learner()
+    learner = load_learner(entry.path, best.config.normalization)
     assert learner.config == best.config and not learner.training
     episodes = episode_source(blobs, recipe.test, "test").frozen(5)
     assert evaluate(learner, episodes).values == evaluate(best, episodes).values
