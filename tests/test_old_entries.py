@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learnedopt.fewshot import Learner, load_learner
+from learnedopt.fewshot import Learner, learner_info, load_learner
 from learnedopt.rules import Segments, UpdateRule
 from learnedopt.zoo import former_fingerprint, load_rule, rule_fingerprint
 
@@ -68,6 +68,7 @@ def test_a_rule_takes_the_steps_that_it_took(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(RECORDED["learners"]))
 def test_a_learner_predicts_what_it_did(name: str) -> None:
-    found = predictions(load_learner(ENTRIES / "fewshot" / name))
+    entry = ENTRIES / "fewshot" / name
+    found = predictions(load_learner(entry, learner_info(entry).learner.normalization))
     expected = torch.tensor(RECORDED["learners"][name]["predictions"], dtype=torch.float64)
     torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=1e-9)

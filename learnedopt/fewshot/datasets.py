@@ -14,10 +14,10 @@ import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -129,11 +129,11 @@ def omniglot(root: str | os.PathLike[str], part: Part, split: str = "omniglot-vi
             "(https://github.com/brendenlake/omniglot, folder python)"
         )
 
-    def images(name: str) -> Iterator[tuple[str, bytes]]:
+    def images(name: str) -> Files:
         folder = base / f"images_{name}"
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is missing, and the split {chosen.name!r} needs it")
-        return ((path.name, path.read_bytes()) for path in sorted(folder.glob("*.png")))
+        return [(path.name, path.read_bytes) for path in sorted(folder.glob("*.png"))]
 
     return _class_set(chosen, part, {name: images(name) for name in chosen.classes[_known_part(part)]})
 
@@ -148,10 +148,9 @@ def mini_imagenet(root: str | os.PathLike[str], part: Part, split: str = "mini-i
     """
     chosen, root = load_split(split), Path(root)
     wanted = chosen.classes[_known_part(part)]
-    found: dict[str, dict[str, bytes]] = {name: {} for name in wanted}
-    for folder, name, data in _image_files(root):
-        if folder in found:
-            found[folder][name] = data()
+    found: dict[str, dict[str, Callable[[], bytes]]] = {name: {} for name in wanted}
+    for folder, name, data in _image_files(root, found):
+        found[folder][name] = data
     if missing := [name for name in wanted if not found[name]]:
         raise FileNotFoundError(
             f"no images of {len(missing)} class(es) of mini-ImageNet under {str(root)!r}, {missing[0]} first: expected "
@@ -184,8 +183,9 @@ def cifar_fs(root: str | os.PathLike[str], part: Part, split: str = "cifar-fs") 
     names = chosen.class_names(part)
     if unknown := [name for name in names if name not in number]:
         raise ValueError(f"CIFAR-100 has no class {unknown[0]!r}, which the split {chosen.name!r} names")
-    images = [pixels[labels == number[name]] for name in names]
-    return ClassSet(f"{chosen.name}/{part}", names, torch.cat(images), tuple(map(len, images)))
+    places = [(labels == number[name]).nonzero().flatten() for name in names]
+    images = pixels[torch.cat(places)].contiguous()
+    return ClassSet(f"{chosen.name}/{part}", names, images, tuple(map(len, places)))
 
 
 GLYPH_SCRIPTS: Mapping[Part, tuple[str, ...]] = {
@@ -244,6 +244,8 @@ DATASETS: Mapping[str, Callable[[Path | None, Part], ClassSet]] = {
 def load_classes(name: str, part: Part, root: str | os.PathLike[str] | None = None) -> ClassSet:
     """The classes of one part of a data set in :data:`DATASETS`; loaded once, then kept in memory.
 
+    The loader's ``cache_clear``, as in ``learnedopt.fewshot.datasets.omniglot.cache_clear()``, lets go of it.
+
     Raises ``ValueError`` for an unknown name or part, or if the data set is read from ``root`` and none is given; and
     as the loader does.
     """
@@ -285,18 +287,27 @@ def _known_part(part: Part) -> Part:
     return part
 
 
-def _class_set(split: Split, part: Part, files: Mapping[str, Iterable[tuple[str, bytes]]]) -> ClassSet:
-    """Decode image files (name and content) by class, prepare them as the split says, and add the rotations."""
-    decoded: dict[str, list[Tensor]] = {}
-    for name, found in files.items():
-        decoded[name] = [_decoded(name, file, data, split) for file, data in found]
-    if empty := [name for name, found in decoded.items() if not found]:
+Files = Sequence[tuple[str, Callable[[], bytes]]]
+"""Name and content of the images of one class."""
+
+
+def _class_set(split: Split, part: Part, files: Mapping[str, Files]) -> ClassSet:
+    """Decode image files by class, prepare them as the split says, and add the rotations.
+
+    Every image goes where it will stay: many small arrays, and copies of them, would take several times the memory, and
+    leave it in pieces that the system does not get back.
+    """
+    if empty := [name for name, found in files.items() if not found]:
         raise FileNotFoundError(f"{len(empty)} class(es) of {split.name} have no images, {empty[0]} first")
-    images = {name: torch.stack(found) for name, found in decoded.items()}
-    counts = tuple(len(images[name]) for name in files)
-    upright = torch.cat(list(images.values()))
-    turned = torch.cat([torch.rot90(upright, degrees // 90, (-2, -1)) for degrees in split.rotations])
-    return ClassSet(f"{split.name}/{part}", split.class_names(part), turned, counts * len(split.rotations))
+    counts = tuple(map(len, files.values()))
+    turns = len(split.rotations)
+    images = torch.empty(turns, sum(counts), split.channels, split.size, split.size, dtype=torch.uint8)
+    every = ((name, file, data) for name, found in files.items() for file, data in found)
+    for place, (name, file, data) in enumerate(every):
+        upright = _decoded(name, file, data(), split)
+        for turn, degrees in enumerate(split.rotations):
+            images[turn, place] = torch.rot90(upright, degrees // 90, (-2, -1))
+    return ClassSet(f"{split.name}/{part}", split.class_names(part), images.flatten(0, 1), counts * turns)
 
 
 def _decoded(name: str, file: str, data: bytes, split: Split) -> Tensor:
@@ -322,18 +333,19 @@ def _decoded(name: str, file: str, data: bytes, split: Split) -> Tensor:
     return 255 - pixels if split.invert else pixels
 
 
-def _image_files(root: Path) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
-    """Folder, name and content of every image below ``root``, also inside tar archives that lie there."""
+def _image_files(root: Path, folders: Container[str]) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
+    """Folder, name and content of every image in these folders below ``root``, also in tar archives that lie there."""
     for path in sorted(root.glob("**/*.jpg")):
-        yield path.parent.name, path.name, path.read_bytes
+        if path.parent.name in folders:
+            yield path.parent.name, path.name, path.read_bytes
     for archive in sorted(path for ending in ("", ".gz", ".xz", ".bz2") for path in root.glob(f"*.tar{ending}")):
         with _whole(archive), tarfile.open(archive) as content:
             for member in content:
                 name = Path(member.name)
-                if member.isfile() and name.suffix == ".jpg":
+                if member.isfile() and name.suffix == ".jpg" and name.parent.name in folders:
                     file = content.extractfile(member)
                     assert file is not None
-                    yield name.parent.name, name.name, _whole(archive)(file.read)
+                    yield name.parent.name, name.name, partial(bytes, file.read())
 
 
 @contextmanager

@@ -13,8 +13,10 @@ import torch
 
 from learnedopt import zoo
 from learnedopt.fewshot.backbones import BACKBONES, BackboneConfig
+from learnedopt.fewshot.config import Config
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
 from learnedopt.fewshot.learners import LEARNERS
+from learnedopt.fewshot.normalization import Normalization
 from learnedopt.storage import WEIGHTS, Entry, EntryKind, ZooError, check_tensors
 
 
@@ -45,13 +47,19 @@ def learner_info(name_or_path: str | os.PathLike[str]) -> LearnerEntry:
     return LearnerEntry(**fields, learner=learner, backbone=backbone, shape=shape, training=history)
 
 
-def load_learner(name_or_path: str | os.PathLike[str]) -> Learner:
+def load_learner(name_or_path: str | os.PathLike[str], normalization: Normalization | None = None) -> Learner:
     """Load a trained learner: verified, on the CPU, in float32, in evaluation mode.
+
+    It predicts every query by itself, one image as well as many: batch normalization that was trained with the
+    statistics of all queries (*transductive*) has those of the support set, unless you ask for the former.
 
     Args:
         name_or_path: A name that :func:`list_learners` gives, or a folder.
+        normalization: Whose statistics batch normalization uses, see :mod:`learnedopt.fewshot.normalization`; by
+            default ``"support"`` where the entry says ``"transductive"``, else what it says.
 
     Raises:
+        ValueError: the normalization is none of the three, or ``"running"``, and the learner has no running averages.
         ZooError: as :func:`learner_info`; or the weights are missing, truncated or altered (their sha256 is not the one
             recorded), do not fit the configuration, or are not finite.
     """
@@ -60,43 +68,65 @@ def load_learner(name_or_path: str | os.PathLike[str]) -> Learner:
     learner = entry.learner.build(entry.backbone, entry.shape, torch.Generator().manual_seed(0))
     check_tensors(learner.state_dict(), tensors, entry.path / WEIGHTS)
     learner.load_state_dict(tensors)
-    return learner.eval()
+    own = learner.config.normalization
+    chosen = normalization or ("support" if own == "transductive" else own)
+    return learner.with_config(normalization=chosen).eval()
 
 
 def save_learner(
     learner: Learner,
     folder: str | os.PathLike[str],
     *,
-    name: str,
-    description: str,
-    backbone: BackboneConfig,
-    card: str,
-    training: Mapping[str, Any],
+    name: str | None = None,
+    description: str | None = None,
+    backbone: BackboneConfig | None = None,
+    card: str | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> LearnerEntry:
     """Write a learner as an entry that :func:`load_learner` reads; complete or not at all.
 
     Args:
         learner: The trained learner.
         folder: Where to write. Parents are made; an entry already there is replaced.
-        name: The entry's name.
-        description: One line.
-        backbone: The settings that its backbone was built from.
-        card: Markdown for people.
-        training: How the weights were made, as JSON types.
+        name: The entry's name; by default the folder's.
+        description: One line; by default the method and what it was made for.
+        backbone: The settings that its backbone can be built from; by default those it was built from.
+        card: Markdown for people; by default name and description.
+        training: How the weights were made, as JSON types; by default nothing.
 
     Raises:
         ZooError: the weights are not finite, ``name`` or ``description`` is not one line, ``training`` is not JSON,
-            method or backbone are in no registry, or the folder holds anything but an entry.
+            method or backbone are in no registry, the learner was built around a module and ``backbone`` does not say
+            how to build it again, or the folder holds anything but an entry.
+
+    >>> import tempfile
+    >>> from learnedopt.fewshot import MLP, LEARNERS
+    >>> learner = LEARNERS["maml"]().build(MLP(), LearnerShape((3,), ways=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     entry = save_learner(learner, f"{folder}/mine")
+    >>> entry.name, entry.description, entry.backbone
+    ('mine', 'maml, 2-way, of examples (3,)', MLP(hidden=(40, 40), batch_norm=False))
     """
+    backbone = backbone or learner.backbone
+    if backbone is None:
+        raise ZooError(
+            "this learner was built around a module, and an entry says how to build it again: give backbone=, a "
+            "BackboneConfig whose build() makes such a module (docs/fewshot.md, Backbones of your own)"
+        )
     check_known(learner.config, backbone)
+    name = Path(folder).resolve().name if name is None else name
+    if description is None:
+        problem = "regression" if learner.shape.ways is None else f"{learner.shape.ways}-way"
+        description = f"{learner.config.kind}, {problem}, of examples {learner.shape.example_shape}"
     values = {
         "name": name,
         "description": description,
         "learner": learner.config.to_dict(),
         "backbone": backbone.to_dict(),
         "shape": dataclasses.asdict(learner.shape),
-        "training": dict(training),
+        "training": dict(training or {}),
     }
+    card = f"# {name}\n\n{description}\n" if card is None else card
     _LEARNERS.write(Path(folder), values, learner.state_dict(), card, load_learner)
     return learner_info(Path(folder))
 
@@ -112,9 +142,18 @@ def check_known(learner: LearnerConfig, backbone: BackboneConfig) -> None:
 
 
 def _parse(values: Mapping[str, Any]) -> tuple[LearnerConfig, BackboneConfig, LearnerShape]:
-    learner = LEARNERS[values["learner"]["kind"]].from_dict(values["learner"])
-    backbone = BACKBONES[values["backbone"]["kind"]].from_dict(values["backbone"])
+    learner: LearnerConfig = _known(LEARNERS, "LEARNERS", values["learner"])
+    backbone: BackboneConfig = _known(BACKBONES, "BACKBONES", values["backbone"])
     return learner, backbone, LearnerShape(**values["shape"])
+
+
+def _known(registry: Mapping[str, type[Config]], name: str, values: Mapping[str, Any]) -> Any:
+    if values["kind"] not in registry:
+        raise ValueError(
+            f"{values['kind']!r} is not in learnedopt.fewshot.{name}, which has {', '.join(registry)}: import the "
+            "module that puts it there first"
+        )
+    return registry[values["kind"]].from_dict(values)
 
 
 _LEARNERS = EntryKind(

@@ -96,7 +96,9 @@ class LearnerConfig(Config):
             if generator is not None:
                 torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             module = copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone.build(shape.example_shape)
-            return self.make(module, shape).train()
+            learner = self.make(module, shape).train()
+        learner.backbone = backbone if isinstance(backbone, BackboneConfig) else None
+        return learner
 
 
 class Part(Protocol):
@@ -116,7 +118,7 @@ class Adapted:
     parts: Sequence[Part]
     sizes: Sequence[int]
     """How many episodes each part holds."""
-    example_shape: tuple[int, ...]
+    learner: Learner
     dtype: torch.dtype
     """Of the examples."""
     single: bool
@@ -125,18 +127,22 @@ class Adapted:
     def predict(self, query_x: Tensor) -> Tensor:
         """Logits ``(E, q, ways)``, or in regression the outputs ``(E, q, outputs)``; without E if there was none.
 
+        In the learner's evaluation mode they keep no graph, unless ``query_x`` requires gradients.
+
         Args:
             query_x: ``(E, q, *example)``, or ``(q, *example)``.
 
         Raises:
-            ValueError: the shape is not that, or number of episodes or type are not those of :meth:`Learner.fit`.
+            ValueError: the shape is not that, or number of episodes or type are not those of :meth:`Learner.fit`; or
+                there is one query, to be normalized by its own statistics.
         """
         if self.single:
             query_x = query_x[None]
-        if tuple(query_x.shape[2:]) != self.example_shape or query_x.ndim != 2 + len(self.example_shape):
+        shape = self.learner.shape.example_shape
+        if tuple(query_x.shape[2:]) != shape or query_x.ndim != 2 + len(shape):
             raise ValueError(
-                f"query_x must be {'' if self.single else '(episodes, '}queries, then examples of shape "
-                f"{self.example_shape}, got {tuple(query_x.shape[1 if self.single else 0 :])}"
+                f"query_x must be {'' if self.single else '(episodes, '}queries, then examples of shape {shape}, got "
+                f"{tuple(query_x.shape[1 if self.single else 0 :])}"
             )
         if len(query_x) != sum(self.sizes):
             raise ValueError(f"fitted to {sum(self.sizes)} episodes, and query_x holds {len(query_x)}")
@@ -145,7 +151,9 @@ class Adapted:
         if query_x.dtype != self.dtype:
             raise ValueError(f"query_x is {query_x.dtype}, and the support set was {self.dtype}: convert one of them")
         pieces = zip(self.parts, query_x.split(list(self.sizes)))
-        found = torch.cat([part.predict(x) for part, x in pieces])
+        graph = torch.is_grad_enabled() and (self.learner.training or query_x.requires_grad)
+        with torch.set_grad_enabled(graph):
+            found = torch.cat([part.predict(x) for part, x in pieces])
         return found.squeeze(0) if self.single else found
 
 
@@ -153,7 +161,7 @@ class Learner(nn.Module, ABC):
     """A few-shot method with its meta-learned weights.
 
     In training mode what :meth:`fit` and :meth:`Adapted.predict` compute can be differentiated with respect to the
-    weights, as far as the method does; in evaluation mode a fit keeps no graph.
+    weights, as far as the method does; in evaluation mode neither keeps a graph.
 
     A further method is a file with a subclass, its configuration, and a line in
     :data:`learnedopt.fewshot.learners.LEARNERS`. It defines :meth:`fit_part`, and where the loss of a training step is
@@ -161,6 +169,8 @@ class Learner(nn.Module, ABC):
     """
 
     config: LearnerConfig
+    backbone: BackboneConfig | None = None
+    """What its backbone was built from; ``None`` for a module."""
     progress: Tensor
     classification_only: ClassVar[bool] = False
     any_ways: bool = False
@@ -264,7 +274,7 @@ class Learner(nn.Module, ABC):
         size = self._at_once(len(support_x), support_x.shape[1] + 15 * (ways or 0), support_x.device)
         parts = list(zip(support_x.split(size), support_y.split(size)))
         found = [self.fit_part(x, y, ways) for x, y in parts]
-        return Adapted(found, [len(x) for x, _ in parts], shape, support_x.dtype, single)
+        return Adapted(found, [len(x) for x, _ in parts], self, support_x.dtype, single)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """What meta-training minimizes, averaged over the episodes: a scalar to call ``backward`` on.

@@ -210,7 +210,7 @@ def _replacement(module: _BatchNorm, track: bool) -> EpisodicBatchNorm:
             f"{type(module).__name__} is a batch normalization of its own kind, and only torch's BatchNorm1d, 2d, 3d "
             "and SyncBatchNorm can be given an episode's statistics: use one of these in the backbone"
         )
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         raise ValueError("a batch normalization of the backbone has hooks, which would be lost: remove them")
     found = EpisodicBatchNorm(module.num_features, module.eps, module.momentum, False, track)
     found.weight, found.bias, found.affine = module.weight, module.bias, module.affine
@@ -220,6 +220,12 @@ def _replacement(module: _BatchNorm, track: bool) -> EpisodicBatchNorm:
         found.running_mean, found.running_var = module.running_mean, module.running_var
         found.num_batches_tracked = module.num_batches_tracked
     return found.train(module.training)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something happens when the module is called that its class does not say."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(kinds)
 
 
 def batch_norms(module: nn.Module) -> dict[str, EpisodicBatchNorm]:

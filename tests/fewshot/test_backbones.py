@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt.fewshot.backbones import BACKBONES, MLP, BackboneConfig, Conv4
+from learnedopt.fewshot.checks import feature_size
 from learnedopt.fewshot.fast.vectorized import apply
-from learnedopt.fewshot.network import feature_size
 from learnedopt.fewshot.normalization import EpisodicBatchNorm, Statistics, episodic, statistics
 from tests.fewshot.support import generator, images
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from learnedopt.data import scripts
-from learnedopt.fewshot import FewShotTask, load_classes, load_split
+from learnedopt.fewshot import FewShotTask, datasets, load_classes, load_split
 from learnedopt.fewshot.datasets import (
     GLYPH_SCRIPTS,
     Split,
@@ -277,3 +279,41 @@ def test_every_split_is_recorded_in_words() -> None:
         split = load_split(name)
         assert split.resample in ("none", "lanczos", "bilinear")
         assert re.fullmatch(r"omniglot|mini-imagenet|cifar100", split.dataset)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+def test_loading_takes_the_memory_of_the_images(tmp_path: Path) -> None:
+    """From an archive, where they come in any order: 1.3 times 85 MB here, where copies took three to five times."""
+    content = io.BytesIO()
+    Image.new("RGB", (84, 84), (10, 200, 30)).save(content, "JPEG")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for place in range(4000):
+            member = tarfile.TarInfo(f"test{place % 2}/{place:05d}.jpg")
+            member.size = len(content.getvalue())
+            archive.addfile(member, io.BytesIO(content.getvalue()))
+    settings = json.loads(Path(datasets.__file__).with_name("splits").joinpath("mini-imagenet-ravi.json").read_text())
+    classes = {"train": ["train"], "validation": ["validation"], "test": ["test0", "test1"]}
+    (tmp_path / "mine.json").write_text(json.dumps({**settings, "classes": classes}))
+    for name in ("train", "validation"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(content.getvalue())
+    program = """
+import sys
+from learnedopt.fewshot.datasets import mini_imagenet
+
+def memory(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+mini_imagenet(sys.argv[1], "train", sys.argv[1] + "/mine.json")  # what is imported
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+classes = mini_imagenet(sys.argv[1], "test", sys.argv[1] + "/mine.json")
+print(classes.images.nbytes, memory("VmHWM") - before)
+del classes
+mini_imagenet.cache_clear()
+print(memory("VmRSS") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    size, peak, after = map(int, done.stdout.split())
+    assert size == 4000 * 84 * 84 * 3 and peak < 1.5 * size and after < 0.5 * size

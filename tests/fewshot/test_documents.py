@@ -7,6 +7,7 @@ import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,10 @@ from benchmarks.fewshot import (
     train,
 )
 from learnedopt.fewshot import (
+    BACKBONES,
     DATASETS,
     LEARNERS,
+    BackboneConfig,
     ClassSet,
     Conv4,
     EpisodeList,
@@ -39,6 +42,7 @@ from learnedopt.fewshot import (
     LearnerShape,
     evaluate,
     learner_info,
+    list_learners,
     load_recipes,
     load_split,
 )
@@ -57,13 +61,35 @@ from learnedopt.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "fewshot.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_the_example_of_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    exec(block, {})
+    exec(BLOCKS[0], {})
     assert re.fullmatch(r"[\d.]+ ± [\d.]+ %\n", capsys.readouterr().out)
+
+
+def test_the_example_of_an_own_backbone_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(BACKBONES, "small", BackboneConfig)  # and away again afterwards
+    names: dict[str, Any] = {}
+    exec(BLOCKS[1], names)
+    assert len(BLOCKS) == 2
+    learner = names["learner"]
+    assert learner.backbone == names["Small"](width=8) and learner.config.normalization == "support"
+    assert learner.fit(torch.rand(5, 1, 28, 28), torch.arange(5)).predict(torch.rand(1, 1, 28, 28)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", list_learners())
+def test_cards_say_first_what_a_learner_has_as_it_is_loaded(name: str) -> None:
+    entry = learner_info(name)
+    if entry.learner.normalization == "transductive":
+        start = " ".join(entry.card.split("\n\n")[1].split())
+        assert re.match(
+            r"\*\*As it is loaded, [\d.]+( ± [\d.]+)? % on \d+ ways and \d shots?\*\*: with the batch stat", start
+        )
+        assert f'load_learner("{name}", "transductive")' in start
 
 
 def test_the_guide_names_every_method_and_data_set() -> None:

@@ -550,7 +550,7 @@ def test_shapes_may_be_lists() -> None:
 
 def test_statistics_of_one_query_are_refused() -> None:
     adapted = make("maml").eval().fit(SOME.support_x, SOME.support_y)
-    with pytest.raises(ValueError, match="statistics of one value: give it more examples together, or choose"):
+    with pytest.raises(ValueError, match="those of one query alone say nothing: predict all queries"):
         adapted.predict(SOME.query_x[:, :1])
 
 

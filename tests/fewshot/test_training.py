@@ -376,7 +376,8 @@ def test_an_exported_learner_is_loaded_as_it_was(config: Any, blobs: str, tmp_pa
     finish(run)
     entry = run.export(tmp_path / "zoo")
     assert entry.name == "tiny" and entry.card.startswith("# tiny") and entry.training["steps"] == 6
-    learner, best = load_learner(entry.path), run.trainer.best_learner()
+    best = run.trainer.best_learner()
+    learner = load_learner(entry.path, best.config.normalization)
     assert learner.config == best.config and not learner.training
     episodes = episode_source(blobs, recipe.test, "test").frozen(5)
     assert evaluate(learner, episodes).values == evaluate(best, episodes).values
@@ -437,7 +438,7 @@ def test_a_damaged_entry_is_refused(tmp_path: Path) -> None:
         "backbone": MLP(hidden=(3,)),
     }
     entry = save_learner(learner, tmp_path / "x", **settings)
-    assert load_learner(tmp_path / "x").config == MAMLConfig() == learner_info(entry.path).learner
+    assert load_learner(tmp_path / "x", "transductive").config == MAMLConfig() == learner_info(entry.path).learner
     weights = tmp_path / "x" / "weights.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -499,7 +500,7 @@ ON_LETTERS = {
 def test_shipped_learners_learn_letters_as_well_as_they_did() -> None:
     assert sorted(ON_LETTERS) == list_learners()
     for name, recorded in ON_LETTERS.items():
-        learner = load_learner(name)
+        learner = load_learner(name, learner_info(name).learner.normalization)
         channels, size, _ = learner.shape.example_shape
         classes = datasets.glyphs("test", letters=20, examples=6, size=size)
         classes = dataclasses.replace(classes, images=classes.images.expand(-1, channels, -1, -1))

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from learnedopt.fewshot.fast.convolution import Geometry, convolution
 from learnedopt.fewshot.network import Network
-from learnedopt.fewshot.normalization import EpisodicBatchNorm, Statistics, batch_norms, in_channels, statistics
+from learnedopt.fewshot.normalization import (
+    EpisodicBatchNorm,
+    Statistics,
+    batch_norms,
+    has_hooks,
+    in_channels,
+    statistics,
+)
 
 
 def apply(
@@ -52,10 +61,13 @@ def apply(
             record(found)
         return outputs
     norms: list[EpisodicBatchNorm] = []
+    together = len(x) > 1
 
     def one(own: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         used: Statistics = {}
-        with statistics(rows, running=running, twice=twice, record=None if record is None else used):
+        # The fused forms of attention have no second derivatives, nor a rule for vmap.
+        attention = sdpa_kernel(SDPBackend.MATH) if twice or together else nullcontext()
+        with attention, statistics(rows, running=running, twice=twice, record=None if record is None else used):
             outputs = torch.func.functional_call(module, {**shared, **own}, (x,), tie_weights=False)
         norms[:] = used
         return outputs, list(used.values())
@@ -71,6 +83,11 @@ def apply(
     if record is not None:
         record(dict(zip(norms, used)))
     return outputs
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a sequence of layers that :func:`apply` knows, and runs itself."""
+    return _layers(module, "", {}) is not None
 
 
 def numbers_per_image(module: nn.Module, example_shape: tuple[int, ...]) -> float:
@@ -101,7 +118,7 @@ def _layers(module: nn.Module, prefix: str, seen: dict[nn.Module, str]) -> list[
     Running these on arrays with an axis of episodes takes less time than ``vmap``, which reaches the same products by
     way of many more operations, and in second derivatives of convolutions takes one episode after another.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_hooks(module):
         return None
     # A module that has two places goes by the name of the first.
     prefix = seen.setdefault(module, prefix)

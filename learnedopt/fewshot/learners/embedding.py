@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from learnedopt.fewshot.checks import check_gradients, check_stateless, feature_size
 from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.fast.vectorized import apply
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape, Part, episode_losses
-from learnedopt.fewshot.network import Network, check_stateless, feature_size
+from learnedopt.fewshot.network import Network
 from learnedopt.fewshot.normalization import Normalization, Statistics, episodic
 
 
@@ -69,6 +70,7 @@ class EmbeddingLearner(Learner):
         head = nn.Identity() if outputs is None else nn.Linear(self.features, outputs)
         self.model = Network(episodic(backbone, track=True), head.to(next(backbone.parameters(), torch.empty(0))))
         check_stateless(self.model.backbone, shape.example_shape)
+        check_gradients(self.model.backbone, shape.example_shape, ())
 
     @abstractmethod
     def logits(self, support: Tensor, support_y: Tensor, query: Tensor, ways: int) -> Tensor:
@@ -77,7 +79,8 @@ class EmbeddingLearner(Learner):
     def fit_part(self, support_x: Tensor, support_y: Tensor, ways: int | None) -> Part:
         assert ways is not None
         alone = self.config.normalization == "running" and not self.training
-        features = self.embed(support_x, running=True).detach() if alone else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
+            features = self.embed(support_x, running=True) if alone else None
         return Compared(self, support_x, support_y, ways, features)
 
     def losses(self, episodes: Episodes) -> Tensor:

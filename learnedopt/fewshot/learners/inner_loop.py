@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,11 +13,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from learnedopt.fewshot.checks import check_gradients, check_stateless, feature_size
 from learnedopt.fewshot.config import check_choice, check_count
 from learnedopt.fewshot.episodes import Episodes
 from learnedopt.fewshot.fast.vectorized import apply
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape, Part, episode_losses
-from learnedopt.fewshot.network import Network, check_stateless, feature_size, tied_names
+from learnedopt.fewshot.network import Network, tied_names
 from learnedopt.fewshot.normalization import EpisodicBatchNorm, Statistics, batch_norms, episodic
 
 Params = dict[str, Tensor]
@@ -82,6 +84,9 @@ class AdaptedNetwork(Part):
     support_x: Tensor
 
     def predict(self, query_x: Tensor) -> Tensor:
+        if self.learner.normalizes_queries_together:
+            ways = 1 if self.learner.shape.ways is None else self.params["head.weight"].shape[1]
+            _check_number(query_x.shape[1], ways)
         return self.learner.query(self.params, self.updates, self.support_x, query_x)
 
 
@@ -127,6 +132,8 @@ class InnerLoopLearner(Learner):
         elif config.adapted == "head":
             names = ["head.weight", "head.bias"]
         self.adapted_names = names
+        own = {name.removeprefix("backbone.") for name in names if name.startswith("backbone.")}
+        check_gradients(self.model.backbone, shape.example_shape, own)
 
     @abstractmethod
     def trajectory(self, x: Tensor, y: Tensor, ways: int | None, record: Record | None = None) -> Iterator[Params]:
@@ -136,6 +143,12 @@ class InnerLoopLearner(Learner):
     def differentiable(self) -> bool:
         """Whether what is computed now shall carry a graph to the meta-learned weights."""
         return self.training and torch.is_grad_enabled()
+
+    @property
+    def normalizes_queries_together(self) -> bool:
+        """Whether batch normalization takes its statistics from the queries alone, now."""
+        together = ("transductive", "running") if self.training else ("transductive",)
+        return bool(self.norms) and self.config.normalization in together
 
     @property
     def steps(self) -> int:
@@ -249,6 +262,26 @@ class InnerLoopLearner(Learner):
         seen = None if record is None else partial(record, updates)
         params = params | {name: params[first] for name, first in self.tied.items() if first in params}
         return apply(module, params, x, shared=shared, rows=rows, running=running, twice=twice, record=seen)
+
+
+def _check_number(queries: int, ways: int) -> None:
+    """Refuse one query whose batch statistics are its own, and warn of few.
+
+    On Omniglot, 5-way 1-shot, MAML has 21, 78, 94, 97 and 99 % on 1, 2, 5, 10 and 75 queries together, and 98 % by the
+    statistics of the support set, which no longer are behind where there are two queries of each class.
+    """
+    advice = "predict all queries of an episode together, or take learner.with_config(normalization='support')"
+    if queries == 1:
+        raise ValueError(
+            "batch normalization has the statistics of the queries that are predicted together, and those of one "
+            f"query alone say nothing: {advice}"
+        )
+    if queries < 2 * ways:
+        warnings.warn(
+            f"batch normalization has the statistics of the {queries} queries that are predicted together, few for "
+            f"{ways} classes, so that predictions are worse than they could be: {advice}",
+            stacklevel=4,
+        )
 
 
 def flatten(params: Params) -> Tensor:
