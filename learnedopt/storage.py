@@ -131,11 +131,7 @@ class EntryKind(Generic[Settings]):
             ZooError: the weights are not finite, name or description is not one line, something is not JSON, or the
                 folder holds anything but an entry.
         """
-        name, description = values["name"], values["description"]
-        if not name or any(separator in name for separator in "/\\\n"):
-            raise ZooError(f"an entry's name is one word without path separators, got {name!r}")
-        if not description.strip() or "\n" in description:
-            raise ZooError(f"an entry's description is one line, got {description!r}")
+        check_about(values["name"], values["description"])
         if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {*_FILES}):
             raise ZooError(f"{folder} exists and is not a zoo entry: choose another folder")
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
@@ -211,6 +207,16 @@ class EntryKind(Generic[Settings]):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ZooError(f"{file} describes no {self.thing} that can be built: {why}") from error
+
+
+def check_about(name: str, description: str) -> None:
+    """Raise :class:`ZooError` unless an entry can have this name and this description."""
+    if not name or any(separator in name for separator in "/\\\n"):
+        raise ZooError(f"an entry's name is one word without path separators, got {name!r}")
+    if len(name.encode()) > 200:
+        raise ZooError(f"an entry's name is that of its folder, and this has {len(name.encode())} bytes: 200 at most")
+    if not description.strip() or "\n" in description:
+        raise ZooError(f"an entry's description is one line, got {description!r}")
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:

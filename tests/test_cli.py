@@ -236,6 +236,14 @@ def test_a_rule_that_was_never_validated_is_not_exported(elsewhere: Path, capsys
     assert captured.err.startswith("error: there is no rule to export")
 
 
+def test_a_name_that_no_entry_can_have_is_refused_before_training(elsewhere: Path, capsys: Captured) -> None:
+    recipe = write_recipe(elsewhere)
+    Path(recipe).write_text(Path(recipe).read_text().replace('name="tiny"', 'name="ti/ny"'))
+    assert main(["meta-train", recipe, "--out", "run", "--export", "zoo"]) == 2
+    assert "an entry's name is one word without path separators, got 'ti/ny'" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
 def test_meta_training_that_fails_says_on_which_task(elsewhere: Path, capsys: Captured) -> None:
     recipe = write_recipe(elsewhere, on_draw="self.__dict__['initial_std'] = float('nan')", more="max_skipped=1")
     assert main(["meta-train", recipe]) == 1

@@ -12,6 +12,7 @@ from learnedopt import fewshot
 from learnedopt.cli.demos import add_fewshot_demo
 from learnedopt.cli.shared import add_command, check_device, conclude, drive
 from learnedopt.runs import Run
+from learnedopt.storage import check_about
 
 
 def add(commands: Any) -> None:
@@ -78,6 +79,7 @@ def fewshot_train(arguments: argparse.Namespace) -> int:
     folder = arguments.out or Path("runs") / f"{recipe.name}-seed{recipe.training.seed}"
     check_device(arguments.device)
     if arguments.export is not None:
+        check_about(recipe.name, recipe.description)
         fewshot.check_known(recipe.learner, recipe.backbone)
     run = Run(recipe, folder, arguments.root, arguments.device)
     trainer = run.trainer

@@ -11,6 +11,7 @@ from typing import Any
 from learnedopt.cli.shared import add_command, check_device, conclude, drive
 from learnedopt.meta import launched, load_recipe, overridden
 from learnedopt.runs import Run
+from learnedopt.storage import check_about
 
 
 def add(commands: Any) -> None:
@@ -42,6 +43,8 @@ def meta_train(arguments: argparse.Namespace) -> int:
     recipe = overridden(load_recipe(arguments.recipe), ["--help"] if arguments.settings else arguments.more)
     folder = arguments.out or Path("runs") / recipe.name
     check_device(arguments.device)
+    if arguments.export is not None:
+        check_about(recipe.name, recipe.description)
     with launched(arguments.device) as device:
         run = Run(recipe, folder, arguments.root, device, arguments.tensorboard)
         trainer = run.trainer

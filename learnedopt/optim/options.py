@@ -122,8 +122,8 @@ def _check_state(name: str, param: Tensor, state: Mapping[str, Tensor], probe: t
         found = tuple(state[entry].shape[lead:]) if entry in state else None
         raise RuntimeError(
             f"a state does not have the shape of its parameter: {name} has shape {tuple(shape)}, and its state was "
-            f"made for {found}. A parameter cannot change its shape under an optimizer: construct another one, and move "
-            "the state as docs/drop_in.md says"
+            f"made for {found}. A parameter cannot change its shape under an optimizer: construct another one, and "
+            "move the state as docs/drop_in.md says"
         )
 
 

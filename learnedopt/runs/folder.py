@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_MARK = b"\nlearnedopt-sha256:"
+"""After it comes the sha256 of what is before it, at the end of a checkpoint."""
 Record = dict[str, Any]
 Writer = tuple[Callable[[Record], Any], Callable[[], Any]]
 """How to write one record, and how to make sure that all so far are on disk."""
@@ -54,15 +62,18 @@ class RunFolder:
 
     def write_config(self, content: dict[str, Any]) -> None:
         """Write as JSON, complete or not at all: a run that is killed meanwhile must know its folder again."""
-        temporary = self._config.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, self._config)
+        self._replace(self._config, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
     def write_checkpoint(self, content: dict[str, Any]) -> None:
-        """Write with ``torch.save``; the old checkpoint stays in place until the new one is whole."""
-        temporary = self._checkpoint.with_suffix(".tmp")
-        torch.save(content, temporary)
-        os.replace(temporary, self._checkpoint)
+        """Write with ``torch.save``, and its sha256 after that; the old checkpoint stays until the new one is whole.
+
+        Raises:
+            OSError: it cannot be written, as where the disk is full. The old checkpoint is as it was.
+        """
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        data = buffer.getvalue()
+        self._replace(self._checkpoint, data + _MARK + hashlib.sha256(data).hexdigest().encode())
 
     def read_checkpoint(self) -> dict[str, Any] | None:
         """What :meth:`write_checkpoint` wrote, on the CPU; ``None`` if there is none.
@@ -74,14 +85,49 @@ class RunFolder:
         """
         if not self._checkpoint.exists():
             return None
-        data = io.BytesIO(self._checkpoint.read_bytes())
+        data, mark, digest = self._checkpoint.read_bytes().rpartition(_MARK)
+        if not mark:  # of version 0.1, which wrote none
+            data, digest = digest, b""
         try:
-            saved: dict[str, Any] = torch.load(data, map_location="cpu", weights_only=True)
+            if mark and hashlib.sha256(data).hexdigest().encode() != digest:
+                raise ValueError("its sha256 is another")
+            saved: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             return {"trainer": saved, "commit": saved["commit"]} | saved
         except Exception as error:  # which one depends on where the damage is
             raise ValueError(
                 f"{self._checkpoint} is damaged or no checkpoint of a {self.activity} run ({type(error).__name__}); "
                 "remove it to start anew, or restore it"
+            ) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For as long as something writes here. It is released with the process, however that ends.
+
+        Raises:
+            ValueError: another process writes here.
+        """
+        if fcntl is None:
+            yield
+            return
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(
+                    f"another process is at work in {self.path}: wait for it, stop it, or choose another folder"
+                ) from error
+            yield
+
+    def _replace(self, path: Path, data: bytes) -> None:
+        """Complete or not at all; nothing is left behind where it cannot be written."""
+        temporary = path.with_suffix(".tmp")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                error.errno, f"{path} cannot be written ({error.strerror}); what was there before is as it was"
             ) from error
 
     def writers(self, stack: ExitStack, unit: str, done: int, tensorboard: bool) -> list[Writer]:

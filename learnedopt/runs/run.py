@@ -190,11 +190,16 @@ class Run(Generic[T, E_co]):
         A checkpoint is written every ``checkpoint_every`` records and at the end, also when the caller stops early
         (closes the generator). An exception in the middle of an update leaves the last checkpoint as it is: half an
         update cannot be continued exactly. Log lines past the checkpoint are dropped on resuming.
+
+        Raises:
+            ValueError: another process is at work in the folder.
+            OSError: a file cannot be written, as where the disk is full.
         """
         trainer = self.trainer
         with ExitStack() as stack:
             writers: list[Writer] = []
             if trainer.writes:
+                stack.enter_context(self._files.locked())
                 writers = self._files.writers(stack, trainer.unit, trainer.done, self.tensorboard)
             try:
                 for record in trainer.run(time_limit, stop):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +19,8 @@ from torch import Generator
 from learnedopt import runs, zoo
 from learnedopt.meta import MetaTrainConfig, MetaTrainer, Recipe
 from learnedopt.rules import AdamLSTMConfig, LSTMConfig, RuleConfig
-from learnedopt.runs import Run, Stop, Trainable
+from learnedopt.runs import Run, Stop, Trainable, load_file
+from learnedopt.runs.folder import RunFolder
 from learnedopt.tasks import Quadratics, TaskFamily
 from tests.fewshot.test_training import SINE
 from tests.meta.support import assert_same
@@ -266,3 +269,60 @@ def test_the_clock_counts_all_sittings_and_stops_in_time() -> None:
     assert len(list(trainer.run(time_limit=-1.0))) == 0
     (first, *_, last) = trainer.run(stop=lambda: trainer.count >= 5)
     assert 100.0 < first["seconds"] < last["seconds"] and last["tick"] == 5
+
+
+def test_no_changed_bit_of_a_checkpoint_goes_unnoticed(tmp_path: Path) -> None:
+    """Weights are most of a checkpoint, and any number would do for them."""
+    for _ in Run(recipe(), tmp_path).run(time_limit=0.0):
+        pass
+    file = tmp_path / "checkpoint.pt"
+    good = file.read_bytes()
+    expected = torch.load(io.BytesIO(good), map_location="cpu", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    noticed = 0
+    for _ in range(400):
+        place = int(torch.randint(8 * len(good), (1,), generator=generator))
+        bad = bytearray(good)
+        bad[place // 8] ^= 1 << place % 8
+        file.write_bytes(bad)
+        try:
+            found = RunFolder(tmp_path, "meta-training").read_checkpoint()
+        except ValueError:
+            noticed += 1
+        else:  # the mark itself was hit: all before it is as it was
+            assert found is not None and repr(found) == repr(expected)
+    assert noticed > 390
+
+
+def test_a_folder_that_a_process_is_at_work_in_is_refused(tmp_path: Path) -> None:
+    first = Run(recipe(), tmp_path).run()
+    next(first)
+    with pytest.raises(ValueError, match=f"another process is at work in {re.escape(str(tmp_path))}"):
+        next(Run(recipe(), tmp_path).run())
+    first.close()
+    assert list(Run(recipe(), tmp_path).run())
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(recipe(), tmp_path)
+    run.save()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(self: Path, data: bytes) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
+            run.save()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_recipe_imports_what_lies_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "lies_beside_the_recipe.py").write_text("VALUE = 7\n")
+    (tmp_path / "mine.py").write_text("from lies_beside_the_recipe import VALUE\n")
+    assert load_file(tmp_path / "mine.py").VALUE == 7
