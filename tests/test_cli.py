@@ -88,6 +88,29 @@ def test_the_version_is_the_packages(capsys: Captured) -> None:
     assert capsys.readouterr().out == f"learnedopt {learnedopt.__version__}\n"
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []], ids=str)
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    """Which takes seconds to import. Nothing of the package is imported but what the help is made of."""
+    code = f"""
+import sys
+from learnedopt.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+print(sorted(name for name in sys.modules if name == "torch" or name.startswith("learnedopt.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "['learnedopt.cli']"
+
+
+def test_the_package_has_what_it_names() -> None:
+    for name in (*learnedopt.__all__, "rules", "kernels", "zoo", "optim", "storage"):
+        assert getattr(learnedopt, name) is not None and name in dir(learnedopt)
+    with pytest.raises(AttributeError, match="module 'learnedopt' has no attribute 'Adam'"):
+        learnedopt.Adam  # noqa: B018
+
+
 def test_the_package_runs_as_a_module() -> None:
     command = [sys.executable, "-W", "error", "-m", "learnedopt", "zoo", "show", "no-such-entry"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

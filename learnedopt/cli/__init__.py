@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
 import signal
 import sys
 from collections.abc import Sequence
 
 from learnedopt import __version__
-from learnedopt.cli import benchmark, demos, fewshot, meta_train, zoo
-from learnedopt.fewshot import TrainingError
-from learnedopt.meta import MetaTrainingError
 
+_COMMANDS = {
+    "demo": ("demos:add_demo", "train small networks with the default rule, Adam and SGD, and compare"),
+    "zoo": ("zoo:add", "the trained rules and few-shot learners that come with the package"),
+    "meta-train": ("meta_train:add", "train a rule by a recipe, going on from where it stopped"),
+    "benchmark": ("benchmark:add", "optimizers compared on sets of tasks, tuned and untuned"),
+    "fewshot": ("fewshot:add", "few-shot learning: train, evaluate, compare"),
+}
+"""What adds each command to its parser, and what it is for. Only the file of the one that is called is imported."""
 _BROKEN_PIPE = 128 + 13  # the number of SIGPIPE, which Windows does not know
 
 
@@ -22,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 if all went well, 1 if meta-training failed, 2 if something asked for does not exist or makes no sense, 128 plus
     the signal's number if a signal stopped it, 141 (that of a broken pipe) if nobody reads the output any more.
     """
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(next((word for word in argv if word in _COMMANDS), None))
     arguments, more = parser.parse_known_args(argv)
-    if arguments.command in (meta_train.meta_train, zoo.zoo_train):
+    if "more" in arguments:
         arguments.more = more
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -36,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough, as `head` has. Python writes the rest at exit: let it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except (MetaTrainingError, TrainingError) as error:
+    except RuntimeError as error:
+        from learnedopt.fewshot import TrainingError
+        from learnedopt.meta import MetaTrainingError
+
+        if not isinstance(error, MetaTrainingError | TrainingError):
+            raise
         return _fail(error, 1)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         return _fail(error, 2)
@@ -44,12 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(called: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="learnedopt", description="Learned optimizers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"learnedopt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (demos.add_demo, zoo.add, meta_train.add, benchmark.add, fewshot.add):
-        add(commands)
+    for name, (home, help) in _COMMANDS.items():
+        command = commands.add_parser(name, help=help)
+        if name == called:
+            pkgutil.resolve_name(f"learnedopt.cli.{home}")(command, help)
     return parser
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,9 +15,8 @@ from learnedopt.evaluation.report import write_report
 from learnedopt.evaluation.tasks import TASK_SETS
 
 
-def add(commands: Any) -> None:
+def add(benchmark: argparse.ArgumentParser, help: str) -> None:
     """``benchmark list``, ``run`` and ``report``."""
-    benchmark = commands.add_parser("benchmark", help="optimizers compared on sets of tasks, tuned and untuned")
     benchmark_commands = benchmark.add_subparsers(required=True, metavar="COMMAND")
     add_command(benchmark_commands, "list", _list, "the sets of tasks, and the hand-written optimizers")
     run = add_command(benchmark_commands, "run", _run, "run what is missing in a file of results")

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from learnedopt.cli.shared import add_command
+from learnedopt.cli.shared import add_command, fill_command
 from learnedopt.demo import Demo, compare, plot, table
 from learnedopt.fewshot import demo as fewshot_demo
 from learnedopt.fewshot.demo import FewShotDemo
 
 
-def add_demo(commands: Any) -> None:
+def add_demo(demo: argparse.ArgumentParser, help: str) -> None:
     """``demo``."""
-    demo = add_command(commands, "demo", _demo, "train small networks with the default rule, Adam and SGD, and compare")
+    fill_command(demo, _demo, help)
     demo.add_argument("--out", type=Path, default=Path("learnedopt-demo.png"), help="picture to write (%(default)s)")
 
 

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from learnedopt import fewshot
 from learnedopt.cli.demos import add_fewshot_demo
@@ -15,9 +14,8 @@ from learnedopt.runs import Run
 from learnedopt.storage import check_about
 
 
-def add(commands: Any) -> None:
+def add(few_shot: argparse.ArgumentParser, help: str) -> None:
     """``fewshot list``, ``demo``, ``train`` and ``evaluate``."""
-    few_shot = commands.add_parser("fewshot", help="few-shot learning: train, evaluate, compare")
     fewshot_commands = few_shot.add_subparsers(required=True, metavar="COMMAND")
     add_command(fewshot_commands, "list", _list, "methods, trained learners, data sets and recipes")
     add_fewshot_demo(fewshot_commands)

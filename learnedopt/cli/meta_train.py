@@ -6,17 +6,16 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
-from learnedopt.cli.shared import add_command, check_device, conclude, drive
+from learnedopt.cli.shared import check_device, conclude, drive, fill_command
 from learnedopt.meta import launched, load_recipe, overridden
 from learnedopt.runs import Run
 from learnedopt.storage import check_about
 
 
-def add(commands: Any) -> None:
+def add(train: argparse.ArgumentParser, help: str) -> None:
     """``meta-train``."""
-    train = add_command(commands, "meta-train", meta_train, "train a rule by a recipe, going on from where it stopped")
+    fill_command(train, meta_train, help)
     train.add_argument("recipe", metavar="RECIPE", help="a Python file, or a name in meta_training/")
     training_options(train)
 
@@ -26,6 +25,7 @@ def training_options(train: argparse.ArgumentParser) -> None:
         "Settings of the recipe can be replaced after it, for example --training.updates 100 --rule.hidden-size 8; "
         "--settings lists them. Under torchrun, its processes train together."
     )
+    train.set_defaults(more=[])
     train.add_argument("--settings", action="store_true", help="list the settings of the recipe and leave")
     train.add_argument("--out", type=Path, metavar="FOLDER", help="checkpoint and log (runs/ and the recipe's name)")
     train.add_argument("--root", type=Path, metavar="DIR", help="folder of downloaded data, for recipes that need some")

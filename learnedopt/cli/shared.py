@@ -15,7 +15,12 @@ from learnedopt.runs import Run, bar, lines, polite_signals
 
 def add_command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], help: str) -> Any:
     """A command, and its parser to add options to."""
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    return fill_command(commands.add_parser(name, help=help), function, help)
+
+
+def fill_command(parser: Any, function: Callable[[argparse.Namespace], int], help: str) -> Any:
+    """A parser as that of a command."""
+    parser.description = help[0].upper() + help[1:] + "."
     parser.set_defaults(command=function)
     return parser
 

@@ -16,9 +16,8 @@ from learnedopt.cli.shared import add_command
 from learnedopt.rules import UpdateRule
 
 
-def add(commands: Any) -> None:
+def add(entries: argparse.ArgumentParser, help: str) -> None:
     """``zoo list``, ``show`` and ``train``."""
-    entries = commands.add_parser("zoo", help="the trained rules and few-shot learners that come with the package")
     entry_commands = entries.add_subparsers(required=True, metavar="COMMAND")
     add_command(entry_commands, "list", _list, "their names, those of learners last")
     show = add_command(entry_commands, "show", _show, "how one was made, what it is good at and where it fails")

@@ -109,14 +109,17 @@ class RunFolder:
         if fcntl is None:
             yield
             return
-        with (self.path / ".lock").open("w") as lock:
+        lock = os.open(self.path, os.O_RDONLY)  # the folder itself
+        try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise ValueError(
                     f"another process is at work in {self.path}: wait for it, stop it, or choose another folder"
                 ) from error
             yield
+        finally:
+            os.close(lock)
 
     def _replace(self, path: Path, data: bytes) -> None:
         """Complete or not at all; nothing is left behind where it cannot be written."""
