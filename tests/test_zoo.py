@@ -40,8 +40,8 @@ RELU = MLPClassification(hidden_sizes=((32, 32),), activations=("relu",), initia
 SCORES: dict[str, tuple[TaskFamily, float]] = {
     "adam-lstm": (RELU, 0.0237),
     "cifar10": (ConvPool(channels=((4, 4),), hidden=(16,), batch_sizes=(16,)), 0.533),
-    "default": (RELU, 0.00161),
-    "light": (RELU, 0.0187),
+    "sf-eigen-1": (RELU, 0.00161),
+    "sf-adam-1": (RELU, 0.0187),
     "mnist-mlp": (SIGMOID, 0.107),
     "mnist-mlp-curriculum": (RELU, 0.132),
     "quadratic": (Quadratics(entries="gaussian"), 0.00143),

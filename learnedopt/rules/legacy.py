@@ -22,7 +22,7 @@ def modern_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """A rule's configuration as it is written now, from one of any time.
 
     >>> modern_config({"kind": "schedule_free_lstm", "hidden_size": 4, "num_layers": 0, "warmup": 5.0})
-    {'kind': 'schedule_free', 'modulator': {'kind': 'power_laws'}, 'warmup': 5.0}
+    {'kind': 'schedule_free', 'warmup': 5.0, 'modulator': {'kind': 'power_laws'}}
     """
     kind, values = values.get("kind"), dict(values)
     if kind == "eigenbasis":

@@ -14,7 +14,7 @@ from learnedopt import zoo
 from learnedopt.meta import PES, MetaTrainConfig, Recipe, load_recipe
 from learnedopt.tasks import Mixture, TaskFamily
 
-_START = load_recipe(Path(__file__).parents[1] / "default.py")
+_START = load_recipe(Path(__file__).parents[1] / "sf_eigen_1.py")
 
 
 def family(root: Path | None) -> TaskFamily:

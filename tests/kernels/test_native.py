@@ -20,8 +20,8 @@ from tests.kernels.support import whole_codes
 
 # Below, of, and above a tile of 48, and none, also at the beginning; neighbours share tiles.
 SHAPES = [(0, 2), (7, 13), (), (3,), (100,), (0,), (5, 20), (49,), (1,), (48,), (300, 4)]
-each_kind = pytest.mark.parametrize("kind", ["lstm", "adam_lstm", "meta_lstm", "schedule_free_lstm", "rnnprop"])
-takes_means = pytest.mark.parametrize("kind", ["adam_lstm", "schedule_free_lstm"])
+each_kind = pytest.mark.parametrize("kind", ["lstm", "adam_lstm", "meta_lstm", "schedule_free", "rnnprop"])
+takes_means = pytest.mark.parametrize("kind", ["adam_lstm", "schedule_free"])
 each_state_dtype = pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 
 
@@ -31,8 +31,14 @@ def _compiled() -> None:
         pytest.skip(reason)
 
 
+LSTM = {"kind": "lstm_of_coordinates", "num_layers": 2, "hidden_size": 8}
+"""The modulator with most to compute."""
+
+
 def make_rule(kind: str, generator: Generator, scale: float = 0.2, **settings: Any) -> UpdateRule:
     """A rule with random weights; small ones let rounding errors die out over the steps."""
+    if kind == "schedule_free":
+        settings = {"modulator": LSTM, **settings}
     rule = build_rule({"kind": kind, **settings}).requires_grad_(False)
     for weight in rule.parameters():
         weight.copy_(scale * torch.randn(weight.shape, generator=generator))
@@ -106,7 +112,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("maximize", [False, True])
 def test_fifty_steps_are_the_references(kind: str, maximize: bool, generator: Generator) -> None:
     # Where steps depend on correlations of whole tensors, larger random weights let rounding errors grow.
-    rule = make_rule(kind, generator, 0.05 if kind == "schedule_free_lstm" else 0.2)
+    rule = make_rule(kind, generator, 0.05 if kind == "schedule_free" else 0.2)
     native, reference = (make_problem(rule, SHAPES, "float32") for _ in range(2))
     run(native, NativeBackend(), 50, maximize)
     run(reference, ReferenceBackend(), 50, maximize)
@@ -153,10 +159,28 @@ def test_a_step_from_any_state_is_the_references(
         {"kind": "adam_lstm", "hidden_size": 5, "fast_decay": 0.3, "slow_decay": 0.999, "square_decay": 0.9},
         {"kind": "adam_lstm", "nominal_step": 0.1, "eps": 1e-3, "mix_bound": 0.5, "log_step_bound": 2.0},
         {"kind": "adam_lstm", "max_time": 2.0, "log_step_gain": 0.5},
-        {"kind": "schedule_free_lstm", "hidden_size": 5, "momentum_decay": 0.3, "square_decay": 0.9, "eps": 1e-3},
-        {"kind": "schedule_free_lstm", "nominal_step": 0.1, "mix_bound": 0.5, "log_step_bound": 2.0, "num_layers": 1},
-        {"kind": "schedule_free_lstm", "interpolation": 0.2, "averaging_power": 0.5, "log_averaging_bound": 0.3},
-        {"kind": "schedule_free_lstm", "max_time": 2.0, "log_step_gain": 0.5, "num_layers": 0},
+        {
+            "kind": "schedule_free",
+            "modulator": LSTM | {"hidden_size": 5},
+            "momentum_decay": 0.3,
+            "square_decay": 0.9,
+            "eps": 1e-3,
+        },
+        {
+            "kind": "schedule_free",
+            "nominal_step": 0.1,
+            "mix_bound": 0.5,
+            "log_step_bound": 2.0,
+            "modulator": LSTM | {"num_layers": 1},
+        },
+        {
+            "kind": "schedule_free",
+            "modulator": LSTM,
+            "interpolation": 0.2,
+            "averaging_power": 0.5,
+            "log_averaging_bound": 0.3,
+        },
+        {"kind": "schedule_free", "max_time": 2.0, "log_step_gain": 0.5, "modulator": {"kind": "power_laws"}},
         {"kind": "rnnprop", "hidden_size": 5, "momentum_decay": 0.3, "square_decay": 0.9, "eps": 1e-3},
         {"kind": "rnnprop", "num_layers": 1, "output_scale": 0.01},
         {"kind": "meta_lstm", "gate_feedback": "preactivation", "gradient_divisor": 25.0, "preprocessing_p": 7.0},
@@ -322,4 +346,4 @@ def test_rules_of_the_package_are_served() -> None:
         for kind in RULES
         if NativeBackend().refusal(Case(build_rule({"kind": kind}), torch.device("cpu"), torch.float32, "int8")) is None
     ]
-    assert {"lstm", "adam_lstm", "meta_lstm", "schedule_free_lstm", "rnnprop"} <= set(served)
+    assert {"lstm", "adam_lstm", "meta_lstm", "schedule_free", "rnnprop"} <= set(served)

@@ -18,7 +18,12 @@ FAMILIES: dict[str, TaskFamily] = {"quadratic": Quadratics(dimension=3), "mlp": 
 
 def random_rule(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> UpdateRule:
     """A small rule all of whose weights, read-outs included, are random."""
-    rule = build_rule({"kind": kind, "hidden_size": 3}).to(dtype)
+    frame = {"kind": "schedule_free", "modulator": {"kind": "lstm_of_coordinates", "hidden_size": 3}}
+    composed: dict[str, dict[str, Any]] = {
+        "schedule_free": frame,
+        "in_eigenbases": {"kind": "in_eigenbases", "inner": frame | {"square_decay": 0.99}},
+    }
+    rule = build_rule(composed.get(kind, {"kind": kind, "hidden_size": 3})).to(dtype)
     generator = Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in rule.parameters():

@@ -125,7 +125,7 @@ def test_coordinates_that_are_not_there_are_named(coordinate: str, problem: str)
 def test_places_count_through_all_weights() -> None:
     rule = build_rule(LSTMConfig(hidden_size=3))
     flat = torch.nn.utils.parameters_to_vector(rule.parameters())
-    assert flat[place(rule, "modulator.readout.weight[0,2]")] == rule.get_parameter("modulator.readout.weight")[0, 2]
+    assert flat[place(rule, "readout.weight[0,2]")] == rule.get_parameter("readout.weight")[0, 2]
     assert flat[place(rule, "lstm.biases.1[5]")] == rule.get_parameter("lstm.biases.1")[5]
 
 

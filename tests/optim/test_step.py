@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels import bases
+from learnedopt.kernels.bases import step as bases_step
 from learnedopt.kernels.core import blocks
 from learnedopt.rules import LSTMConfig, LSTMRule, Segments
 from tests.optim.reference import (
@@ -524,7 +524,7 @@ def test_nothing_waits_for_the_device(case: Case, nonfinite: str, monkeypatch: p
     # Meta tensors have no values: whatever reads one back to the host raises.
     monkeypatch.setattr(blocks, "BLOCK", 16)
     # What has bases asks, until a tensor has had its first gradient.
-    monkeypatch.setattr(bases, "_begins", lambda grad, skip: True)
+    monkeypatch.setattr(bases_step, "_begins", lambda grad, skip: True)
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((), (3, 4), (5, 7), (0,))]
     lr = torch.ones((), device="meta")
     optimizer = case.build(params, nonfinite=nonfinite)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from learnedopt.rules import RULES, Segments, State, UpdateRule, build_rule
+from learnedopt.rules import RULES, CoordinateLSTM, ScheduleFreeConfig, Segments, State, UpdateRule, build_rule
 
 KINDS = sorted(RULES)
 
@@ -42,6 +42,13 @@ VARIANTS = [
             "averaging_power": 0.0,
         },
         id="schedule_free-small",
+    ),
+    pytest.param(
+        {
+            "kind": "in_eigenbases",
+            "inner": ScheduleFreeConfig(CoordinateLSTM(hidden_size=4), square_decay=0.99).to_dict(),
+        },
+        id="in_eigenbases-lstm",
     ),
     pytest.param(
         {
