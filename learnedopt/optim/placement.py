@@ -112,6 +112,7 @@ class Batch:
     params: list[Tensor]
     grads: list[Tensor]
     states: list[State]
+    dims: list[int]
 
     @property
     def device(self) -> torch.device:
@@ -133,6 +134,7 @@ class Batch:
             counts=[param.numel() for param in self.params],
             total=None if self.layout is None or self.gathered else total_over(self.layout),
             maximize=group["maximize"],
+            dims=self.dims,
             together=together,
         )
 
@@ -163,7 +165,8 @@ def batches(
         apart = layout is not None or torch.compiler.is_compiling()
         inside = apart and has_coordinates(rule, value)
         key = value.device, dtype, layout, inside
-        batch = found.setdefault(key, Batch(rule, dtype, layout, inside and layout is not None, [], [], []))
+        batch = found.setdefault(key, Batch(rule, dtype, layout, inside and layout is not None, [], [], [], []))
+        batch.dims.append(param.dim())
         batch.params.append(value)
         batch.grads.append(grad)
         batch.states.append(state_of(param, rule, value, dtype))

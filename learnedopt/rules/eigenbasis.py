@@ -72,7 +72,7 @@ class Eigenbases:
         for side, length in self.sides(shape).items():
             own[f"{side}_factor"] = torch.zeros(length, length, dtype=dtype, device=device)
             own[f"{side}_basis"] = torch.eye(length, dtype=dtype, device=device)
-        return {**own, AGE: torch.zeros((), dtype=torch.int64)} if own else {}
+        return {**own, AGE: torch.zeros((), dtype=torch.int64, device="cpu")} if own else {}
 
     def sides(self, shape: Sequence[int]) -> dict[Side, int]:
         """The lengths of those sides of a tensor that have bases."""

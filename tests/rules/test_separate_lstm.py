@@ -110,3 +110,16 @@ def test_its_settings_are_those_of_both() -> None:
     rule = SeparateLSTMRule(SeparateLSTMConfig(hidden_size=7, num_layers=1, output_scale=0.5))
     for part in (rule.convolutions, rule.others):
         assert (part.config.hidden_size, part.config.num_layers, part.config.output_scale) == (7, 1, 0.5)
+
+
+def test_a_complex_matrix_is_no_kernel() -> None:
+    """It is a pair of real ones, which has a dimension more."""
+    rule = random_rule({"kind": "separate_lstm", "hidden_size": 3}, torch.float32)
+    assert isinstance(rule, SeparateLSTMRule)
+    moved = []
+    for its in (rule, rule.others):
+        param = torch.ones(2, 3, dtype=torch.complex64, requires_grad=True)
+        param.grad = torch.full((2, 3), 0.5 - 1.0j)
+        LearnedOptimizer([param], its, backend="reference").step()
+        moved.append(param.detach())
+    assert torch.equal(*moved)

@@ -53,6 +53,8 @@ class Tensors:
     """Whether the rule is given the negative gradients."""
     own_grads: Sequence[Tensor] | None = None
     """The gradients in the tensors' own coordinates, as ``params`` are, where ``grads`` are in bases."""
+    dims: Sequence[int] | None = None
+    """How many dimensions each tensor has for its owner, where complex numbers are pairs of reals here."""
     together: int | None = None
     """How many tensors, of those that are not empty, are trained together; ``None`` if these are all."""
 
@@ -85,6 +87,7 @@ class Tensors:
             states=[self.states[index] for index in indices],
             counts=[self.counts[index] for index in indices],
             own_grads=None if self.own_grads is None else [self.own_grads[index] for index in indices],
+            dims=None if self.dims is None else [self.dims[index] for index in indices],
             together=self.num_together,
         )
 

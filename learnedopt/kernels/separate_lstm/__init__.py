@@ -7,16 +7,12 @@ from learnedopt.kernels.core.dispatch import step
 from learnedopt.kernels.core.registry import register
 from learnedopt.rules import LSTMRule, SeparateLSTMRule
 
-_LEAST_DIMS = 3
-"""Of how many dimensions a convolution's kernel is at least."""
-
 
 def step_each(backend: Backend, rule: SeparateLSTMRule, tensors: Tensors, options: StepOptions) -> None:
     """A step of ``rule``; state is the same for both parts."""
-    kernels = [index for index, param in enumerate(tensors.params) if param.dim() >= _LEAST_DIMS]
-    rest = [index for index, param in enumerate(tensors.params) if param.dim() < _LEAST_DIMS]
-    for part, indices in ((rule.convolutions, kernels), (rule.others, rest)):
-        if indices:
+    dims = tensors.dims or [param.dim() for param in tensors.params]
+    for part in parts(rule):
+        if indices := [index for index, its in enumerate(dims) if rule.serving(its) is part]:
             step(backend, part, tensors.select(indices), options)
 
 
