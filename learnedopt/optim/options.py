@@ -93,7 +93,8 @@ def param_names(group: Group) -> list[str]:
 def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: RuleRegistry, optimizer: str) -> None:
     """Raise ``RuntimeError`` where a gradient, a parameter or its state cannot be worked on."""
     for group in groups:
-        for name, param in zip(param_names(group), group["params"]):
+        probe = rules.probe(group["rule_sha256"])
+        for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
             if param.grad.layout != torch.strided:
@@ -109,17 +110,19 @@ def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: Ru
                     "its elements are one number in memory; make it a parameter of its own with clone()"
                 )
             if state.get(param):
-                _check_state(name, param, state[param], rules.probe(group["rule_sha256"]))
+                _check_state(group, index, state[param], probe)
 
 
-def _check_state(name: str, param: Tensor, state: Mapping[str, Tensor], probe: tuple[str, int] | None) -> None:
+def _check_state(group: Group, index: int, state: Mapping[str, Tensor], probe: tuple[str, int] | None) -> None:
     """Kernels trust that state has the shape of its parameter. One entry tells: they are made and loaded together."""
+    param = group["params"][index]
     if probe is None or (param.is_complex() and torch.compiler.is_compiling()):
         return
     entry, lead = probe
     shape = (*param.shape, 2) if param.is_complex() else param.shape
     if entry not in state or state[entry].shape[lead:] != shape:
         found = tuple(state[entry].shape[lead:]) if entry in state else None
+        name = param_names(group)[index]
         raise RuntimeError(
             f"a state does not have the shape of its parameter: {name} has shape {tuple(shape)}, and its state was "
             f"made for {found}. A parameter cannot change its shape under an optimizer: construct another one, and "
