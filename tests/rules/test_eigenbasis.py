@@ -295,18 +295,20 @@ def test_bases_wait_for_the_first_gradient_of_each_copy() -> None:
 
 @pytest.mark.parametrize("kind", ["lstm", "adam_lstm", "rnnprop", "separate_lstm", "meta_lstm"])
 def test_any_rule_runs_in_bases(kind: str) -> None:
-    """In the bases of a gradient that has one, a rule sees one coordinate of it."""
+    """One step, in the bases that its own gradient gives: there, then the rule, then back."""
     rule, segments = random_rule({"kind": "in_eigenbases", "inner": {"kind": kind}}), Segments([12], shapes=[(4, 3)])
     assert isinstance(rule, InEigenbases)
-    params, grads = torch.randn(2, 8, 12, generator=generator(2), dtype=torch.float64)
-    turned = torch.linalg.qr(torch.randn(4, 4, generator=generator(3), dtype=torch.float64)).Q
+    param, grad = torch.randn(2, 12, generator=generator(2), dtype=torch.float64)
+    loss = torch.tensor(0.7, dtype=torch.float64)
     with torch.no_grad():
-        deltas, _ = run(rule, segments, params, grads)
-        without, _ = run(rule.inner, segments, params, grads)
-        rotated, _ = run(rule, segments, *((turned @ x.view(8, 4, 3)).flatten(1) for x in (params, grads)))
-    assert not torch.allclose(deltas, without, rtol=0.1)
-    # Later steps depend on where the iteration began. After the first four, the first basis is that of the gradient.
-    assert deltas.isfinite().all() and rotated.isfinite().all()
+        delta, state = rule.update(param, grad, rule.init_state(segments, torch.float64), segments, loss)
+        left, right = state["left_basis"].view(4, 4), state["right_basis"].view(3, 3)
+        there, slope = ((left.mT @ x.view(4, 3) @ right).flatten() for x in (param, grad))
+        slope[slope.abs() <= 1e-6 * grad.norm()] = 0.0
+        alone, _ = rule.inner.update(there, slope, rule.inner.init_state(segments, torch.float64), segments, loss)
+        without, _ = rule.inner.update(param, grad, rule.inner.init_state(segments, torch.float64), segments, loss)
+    torch.testing.assert_close(delta.view(4, 3), left @ alone.view(4, 3) @ right.mT, rtol=1e-9, atol=1e-10)
+    assert not torch.allclose(delta, without, rtol=0.1)
 
 
 def test_bases_inside_bases_are_refused() -> None:
