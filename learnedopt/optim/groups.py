@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from learnedopt.kernels import BackendName
-from learnedopt.optim.options import LATER, Loss, checked, warn_of_options_meant_for_adam
+from learnedopt.optim.averages import averaged
+from learnedopt.optim.options import LATER, Loss, checked, warn_of_options_meant_for_adam, warn_of_uncounted_tensors
 from learnedopt.optim.placement import Backends
 from learnedopt.optim.registry import RuleLike, RuleRegistry
 from learnedopt.optim.state import check_same_shapes, load_state, up_to_date
@@ -23,6 +26,8 @@ class RuleGroups(Optimizer):
     """
 
     _observed_loss: Loss | None
+    _averaged: bool = False
+    """Whether the parameters are the average at the moment."""
     default_rule: ClassVar[str | None] = "default"
     """The zoo entry that ``rule=None`` means; ``None`` where a rule must be given."""
     rule_class: ClassVar[type[UpdateRule]] = UpdateRule
@@ -48,6 +53,8 @@ class RuleGroups(Optimizer):
                 param_group.update(self._identity(param_group.get("rule")))
         super().add_param_group(param_group)
         warn_of_options_meant_for_adam(self.param_groups[-1], self.param_groups[:-1])
+        if self._rules[self.param_groups[-1]["rule_sha256"]].counts_tensors:
+            warn_of_uncounted_tensors(self)
         self._backends.place(self.param_groups[-1], self._rules)
 
     @property
@@ -64,6 +71,32 @@ class RuleGroups(Optimizer):
         'blocked'
         """
         return self._backends.names(self.param_groups, self._rules)
+
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Within this context the parameters are the average that the rule keeps: to evaluate, and to save.
+
+        Rules that average take gradients near their average, where there is some noise still; without it, losses are a
+        little lower late in a run. Afterwards the parameters are bit for bit what they were. Of other rules, and before
+        the first step, the parameters are the average.
+
+        Raises:
+            RuntimeError: ``step`` was called within.
+
+        >>> import torch
+        >>> from learnedopt import LearnedOptimizer
+        >>> weights = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = LearnedOptimizer([weights])
+        >>> with optimizer.averaged_parameters():
+        ...     weights.sum().item()
+        3.0
+        """
+        self._averaged = True
+        try:
+            with averaged(self.param_groups, self.state, self._rules):
+                yield
+        finally:
+            self._averaged = False
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what :meth:`state_dict` gave. State keeps its precision and shares no memory with ``state_dict``.

@@ -30,7 +30,9 @@ class LearnedOptimizer(RuleGroups):
         \theta &\leftarrow (1 - \eta\lambda)\,\theta + \eta\,\Delta
 
     **Leave ``lr`` out.** It is no learning rate of Adam's: it multiplies the learned update (:math:`\eta`). 1 is
-    the rule as it was trained, 0 changes no bit of any parameter, and 0.001 trains next to nothing. Weight decay
+    the rule as it was trained, 0 changes no bit of any parameter, and 0.001 trains next to nothing. A schedule is not
+    needed either, and does no harm: the default averages, and a decaying ``lr`` changes little
+    (:class:`~learnedopt.rules.LawsRule`). Weight decay
     (:math:`\lambda`) is decoupled and scaled by ``lr`` as in AdamW; the rule sees the parameters before decay.
 
     Parameters may be of any shape, strides and floating-point dtype. Complex ones are optimized as pairs of reals,
@@ -66,6 +68,10 @@ class LearnedOptimizer(RuleGroups):
         state_dtype: How state is kept between steps: ``torch.float32`` (or wider, see above), ``torch.bfloat16``, or
             ``torch.int8``, which means eight bits for hidden states and ten for cells;
             :mod:`learnedopt.kernels.core.state` says how and what of it. In the groups it is its name.
+        together: How many tensors are trained together, where this optimizer cannot count them: one that has only some
+            of a network's, as under ``ZeroRedundancyOptimizer`` or with an optimizer for each parameter, is given the
+            number of all; a group with one of several independent networks, the number of its own. Learned step sizes
+            are smaller for networks of many tensors. ``None`` counts those of all groups.
         backend: What computes the step: ``"auto"``, the fastest that can serve and needs no compiling first, or one
             asked for by name: ``"reference"``, ``"blocked"``, ``"native"`` or ``"triton"``. They agree up to
             rounding. Of the optimizer, not of its groups or its ``state_dict``.
@@ -73,7 +79,7 @@ class LearnedOptimizer(RuleGroups):
     Raises:
         TypeError: ``rule`` is none of the above.
         ValueError: ``lr`` or ``weight_decay`` is negative or not finite, ``nonfinite``, ``state_dtype`` or ``backend``
-            is none of those named, the backend cannot serve, ``params`` is empty, or the rule is not in the zoo, is
+            is none of those named, ``together`` is no positive number, the backend cannot serve, ``params`` is empty, or the rule is not in the zoo, is
             damaged, or is of a kind that this class does not run.
         RuntimeError: the backend has to be compiled and cannot be.
 
@@ -103,9 +109,10 @@ class LearnedOptimizer(RuleGroups):
         maximize: bool = False,
         nonfinite: NonFinite = "propagate",
         state_dtype: torch.dtype = torch.float32,
+        together: int | None = None,
         backend: BackendName = "auto",
     ) -> None:
-        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "together": together}
         options = checked({**options, "nonfinite": nonfinite, "state_dtype": state_dtype})
         self._observed_loss: Loss | None = None
         super().__init__(params, rule, options, backend)
@@ -140,9 +147,14 @@ class LearnedOptimizer(RuleGroups):
             RuntimeError: a gradient is sparse; a parameter is expanded, its elements sharing memory; a rule needs the
                 loss and none was given; or, in a group of ``nonfinite="raise"``, a gradient or a loss that the rule
                 reads is not finite.
+            RuntimeError: it is called within :meth:`averaged_parameters`.
             ValueError: a rule needs the loss and it has more than one element.
             Exception: whatever ``closure`` raises. In each of these cases no parameter or state has changed.
         """
+        if self._averaged:
+            raise RuntimeError(
+                "step() within averaged_parameters(): the parameters are not where the optimizer left them"
+            )
         returned = None
         if closure is not None:
             with torch.enable_grad():
@@ -192,7 +204,7 @@ class LearnedOptimizer(RuleGroups):
             given = None if loss is None else sent(loss, device, dtype)
             if given is not None and batch.mesh is not None:
                 given = mean_over(batch.mesh, given)
-            tensors = batch.tensors(group, together)
+            tensors = batch.tensors(group, group["together"] or together)
             backend = self._backends.agree(Case(batch.rule, device, dtype, group["state_dtype"]), batch.mesh)
             options = StepOptions(
                 lr=sent(lr.reshape(()), device, dtype) if isinstance(lr, Tensor) else lr,

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from learnedopt.kernels import StateDtype
 from learnedopt.optim.registry import RuleRegistry
@@ -21,7 +23,12 @@ Loss = Tensor | float
 NonFinite = Literal["propagate", "skip", "raise"]
 Group = dict[str, Any]
 
-LATER: dict[str, Any] = {"maximize": False, "nonfinite": "propagate", "state_dtype": "float32"}
+LATER: dict[str, Any] = {
+    "maximize": False,
+    "nonfinite": "propagate",
+    "state_dtype": "float32",
+    "together": None,
+}
 """Options that optimizers pickled before these existed are given."""
 
 
@@ -39,6 +46,9 @@ def checked(options: Group) -> Group:
     nonfinite = options.get("nonfinite", "propagate")
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {nonfinite!r}")
+    together = options.get("together")
+    if together is not None and (not isinstance(together, int) or isinstance(together, bool) or together < 1):
+        raise ValueError(f"together must be None or a number of tensors, at least 1, got {together!r}")
     if "state_dtype" not in options:
         return dict(options)
     # By name, so that a state_dict holds plain values only; a group of another optimizer already has the name.
@@ -75,6 +85,28 @@ def warn_of_options_meant_for_adam(group: Group, before: Sequence[Group]) -> Non
         )
 
 
+_SINGLE: WeakSet[Optimizer] = WeakSet()
+"""Optimizers of one tensor each that have to count."""
+_MANY = 3
+"""So many of those are likely to belong to one network."""
+
+
+def warn_of_uncounted_tensors(optimizer: Optimizer) -> None:
+    """Warn where several optimizers have one tensor each and have to guess how many tensors are trained together."""
+    _SINGLE.discard(optimizer)
+    groups = optimizer.param_groups
+    if len(groups) > 1 or len(groups[0]["params"]) > 1 or groups[0].get("together") is not None:
+        return
+    _SINGLE.add(optimizer)
+    if len(_SINGLE) == _MANY:
+        warnings.warn(
+            f"there are {_MANY} learned optimizers of one tensor each. If these are of one network, as where each steps "
+            "in a hook of backward, say how many tensors are trained together: step sizes depend on that number, and "
+            "an optimizer counts only its own. LearnedOptimizer(..., together=len(list(model.parameters())))",
+            stacklevel=_to_the_user(),
+        )
+
+
 def _to_the_user() -> int:
     """The ``stacklevel`` by which a warning names the first line that is neither of torch nor of this package."""
     ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, sys.modules["learnedopt"]))
@@ -95,22 +127,24 @@ def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: Ru
     for group in groups:
         probe = rules.probe(group["rule_sha256"])
         for index, param in enumerate(group["params"]):
-            if param.grad is None:
+            if (grad := param.grad) is None:
                 continue
-            if param.grad.layout != torch.strided:
+            if grad.layout is not torch.strided:
                 raise RuntimeError(f"{optimizer} does not support sparse gradients")
             if param.is_complex() and param.is_conj():  # in this order, because compilers do not know the second
                 raise RuntimeError(
                     f"{optimizer} cannot update a conjugate view, here of shape {tuple(param.shape)}: make it a "
                     "parameter of its own with resolve_conj()"
                 )
-            if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
+            if not param.is_contiguous() and any(
+                stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)
+            ):
                 raise RuntimeError(
                     f"{optimizer} cannot update an expanded parameter, here of shape {tuple(param.shape)}: several of "
                     "its elements are one number in memory; make it a parameter of its own with clone()"
                 )
-            if state.get(param):
-                _check_state(group, index, state[param], probe)
+            if its := state.get(param):
+                _check_state(group, index, its, probe)
 
 
 def _check_state(group: Group, index: int, state: Mapping[str, Tensor], probe: tuple[str, int] | None) -> None:

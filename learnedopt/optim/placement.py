@@ -124,11 +124,15 @@ class Batch:
 
     def tensors(self, group: Group, together: int) -> Tensors:
         """What a backend is given."""
-        here = whole if self.gathered else local
+        params, grads, states = self.params, self.grads, self.states
+        if self.layout is not None:
+            here = whole if self.gathered else local
+            params, grads = [here(param) for param in params], [here(grad) for grad in grads]
+            states = [{name: here(values) for name, values in state.items()} for state in states]
         return Tensors(
-            [here(param) for param in self.params],
-            [here(grad) for grad in self.grads],
-            [{name: here(values) for name, values in state.items()} for state in self.states],
+            params,
+            grads,
+            states,
             dtype=self.dtype,
             state_dtype=group["state_dtype"],
             counts=[param.numel() for param in self.params],
@@ -154,18 +158,23 @@ def batches(
         state_of: A parameter's state, given it, its rule, its values as reals and the dtype that is computed in.
     """
     found: dict[tuple[torch.device, torch.dtype, Spread | None, bool], Batch] = {}
+    computed: dict[tuple[torch.device, torch.dtype], tuple[torch.dtype, UpdateRule]] = {}
+    compiling, sha256 = torch.compiler.is_compiling(), group["rule_sha256"]
     for param in dict.fromkeys(group["params"]):
-        if param.grad is None:
+        if (slope := param.grad) is None:
             continue
-        value, grad = as_real(param), as_real(align(param.grad, param))
-        dtype = rules.dtype(group["rule_sha256"], value.dtype)
-        rule, layout = rules.placed(group["rule_sha256"], value.device, dtype), spread(value)
+        value, grad = as_real(param), as_real(align(slope, param))
+        place, layout = (value.device, value.dtype), spread(value)
+        if place not in computed:  # for many small tensors, this loop is what a step costs
+            dtype = rules.dtype(sha256, value.dtype)
+            computed[place] = dtype, rules.placed(sha256, value.device, dtype)
+        dtype, rule = computed[place]
         # One call for tensors with coordinates of their own and those without: on small networks calls are what a step
         # costs. A compiler, though, does not take those with.
-        apart = layout is not None or torch.compiler.is_compiling()
-        inside = apart and has_coordinates(rule, value)
+        inside = (layout is not None or compiling) and has_coordinates(rule, value)
         key = value.device, dtype, layout, inside
-        batch = found.setdefault(key, Batch(rule, dtype, layout, inside and layout is not None, [], [], [], []))
+        if (batch := found.get(key)) is None:
+            batch = found[key] = Batch(rule, dtype, layout, inside and layout is not None, [], [], [], [])
         batch.dims.append(param.dim())
         batch.params.append(value)
         batch.grads.append(grad)

@@ -172,6 +172,8 @@ class UpdateRule(nn.Module):
     """Whether :meth:`statistics` reads the training loss."""
     zero_gradient_is_noop: bool = False
     """Whether a parameter whose gradients have all been zero is left exactly where it is."""
+    counts_tensors: bool = False
+    """Whether what it does depends on how many tensors are trained together."""
     reads_param: bool = True
     """Whether :meth:`forward` reads the parameters. In bases, one that does not is given zeros."""
 
@@ -261,6 +263,30 @@ class UpdateRule(nn.Module):
             The change to add to the parameters, ``(n,)``, and the new coordinate-scope state.
         """
         raise NotImplementedError
+
+    def with_lr(self, statistics: Tensor, state: State, lr: float | Tensor) -> tuple[Tensor, State]:
+        """The statistics at another ``lr`` than 1, for rules to which it is more than a multiplier of the update.
+
+        The update is multiplied by it in any case.
+
+        Args:
+            statistics: What :meth:`statistics` gave.
+            state: Of tensors, before this step.
+            lr: A number, or a 0-d tensor, which the host does not read.
+
+        Returns:
+            The statistics, and new values of tensor-scope state in addition to those of :meth:`statistics`.
+        """
+        return statistics, {}
+
+    def average(self, param: Tensor, state: State) -> Tensor:
+        """What to evaluate and keep in place of the parameters, ``(n,)``: themselves, unless the rule averages them.
+
+        Args:
+            param: ``(n,)``, any coordinates of one tensor.
+            state: That tensor's numbers, ``()``, and those coordinates', ``(n,)``.
+        """
+        return param
 
     def advance(
         self,

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from learnedopt.rules.base import State
 
+Side = Literal["left", "right"]
+
 AGE = "age"
 """The own entry of a tensor that says how many steps its coordinates have seen: a whole number, on the host where an
 optimizer keeps it, which decides by it."""
@@ -79,25 +81,57 @@ class Turns:
     """How bases turned: for each side that did, from old coordinates to new, and which columns are where."""
 
     def __init__(self) -> None:
-        self._sides: list[tuple[Literal["left", "right"], Tensor, Tensor]] = []
+        self._sides: list[tuple[Side, Tensor, Tensor]] = []
 
     def __bool__(self) -> bool:
         return bool(self._sides)
 
-    def add(self, side: Literal["left", "right"], turn: Tensor, order: Tensor) -> None:
+    def add(self, side: Side, turn: Tensor, order: Tensor) -> None:
         self._sides.append((side, turn, order))
 
     def carry(self, x: Tensor, turns_as: Literal["column", "direction", "square"]) -> Tensor:
         """State ``(*spec, ..., m, n)`` of the old coordinates in the new ones."""
         for side, turn, order in self._sides:
             if turns_as != "column":
-                by = turn if turns_as == "direction" else turn.square()
-                x = by @ x if side == "left" else x @ by.mT
-            elif side == "left":
-                x = x.gather(-2, order.unsqueeze(-1).expand(x.shape))
+                x = along(side, turn if turns_as == "direction" else turn.square(), x)
+                continue
+            parts = blocks(side, x, order.shape[-1])
+            if side == "left":
+                parts = parts.gather(-2, order.unsqueeze(-1).expand(parts.shape))
             else:
-                x = x.gather(-1, order.unsqueeze(-2).expand(x.shape))
+                parts = parts.gather(-1, order.unsqueeze(-2).expand(parts.shape))
+            x = joined(side, parts, x)
         return x
+
+
+def blocks(side: Side, x: Tensor, length: int) -> Tensor:
+    """A matrix ``(..., m, n)`` cut along a side, ``(..., count, length, n)`` or ``(..., count, m, length)``; itself if
+    there is but one block."""
+    if side == "left":
+        return x if x.shape[-2] == length else x.unflatten(-2, (-1, length))
+    return x if x.shape[-1] == length else x.unflatten(-1, (-1, length)).movedim(-2, -3)
+
+
+def joined(side: Side, parts: Tensor, like: Tensor) -> Tensor:
+    """The reverse of :func:`blocks`."""
+    if parts.shape[-2:] == like.shape[-2:]:
+        return parts
+    return parts.flatten(-3, -2) if side == "left" else parts.movedim(-3, -2).flatten(-2)
+
+
+def along(side: Side, by: Tensor, x: Tensor) -> Tensor:
+    """Each block of a side times its matrix: ``by @ x`` on the left, ``x @ by.mT`` on the right.
+
+    Args:
+        by: ``(..., k, k)`` for a side of k, ``(..., count, k, k)`` for one of several blocks.
+        x: ``(..., m, n)``.
+
+    >>> by = torch.stack([torch.eye(2), 2 * torch.eye(2)])
+    >>> along("left", by, torch.ones(4, 1)).flatten()
+    tensor([1., 1., 2., 2.])
+    """
+    parts = blocks(side, x, by.shape[-1])
+    return joined(side, by @ parts if side == "left" else parts @ by.mT, x)
 
 
 def next_age(age: int, begins: bool) -> int:

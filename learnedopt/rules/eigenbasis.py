@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from learnedopt.rules.base import Advance, RuleConfig, Segments, State, StateSpec, UpdateRule, build_rule
-from learnedopt.rules.coordinates import AGE, GradientSize, Turns, as_matrix, next_age
+from learnedopt.rules.coordinates import AGE, GradientSize, Side, Turns, along, as_matrix, blocks, next_age
 from learnedopt.rules.moments import in_range
 from learnedopt.rules.schedule_free import ScheduleFreeConfig
 
-Side = Literal["left", "right"]
 _SIDES: tuple[Side, ...] = ("left", "right")
 
+_LONGEST = 4
+"""With blocks, how many times the other a side with bases may be."""
+_SMALLER = 4
+"""How many times smaller than they may be blocks are made so that they divide a side evenly."""
 _FIRST = 4
 """Iterations in the first step: as many as find the direction of a gradient of rank one to within what follows."""
-_ROUNDING = 1e-6
-"""Relative to the norm of a gradient, what may be left of nothing when it is taken to bases, in float32."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,23 @@ class InEigenbasesConfig(RuleConfig):
     """For how many steps at the beginning bases follow every step."""
     interval: int = 10
     """Every how many steps they do later."""
+    factor_interval: int = 1
+    """Every how many steps the averages take in a gradient later, each then counting for so many."""
     shift: float = 0.01
     r"""What is added to the diagonals of the factors for the iteration, :math:`\epsilon_L`, relative to their trace.
     What a factor takes to nearly nothing, as that of a gradient of low rank does, so stays where it is, instead of
     following rounding errors."""
     max_side: int = 512
-    """A side of a matrix that is longer than this has no basis of its own."""
+    """The most rows of a basis. A longer side has none, or several, each of a block of it (``blocks``)."""
+    blocks: bool = False
+    """Whether a side that is longer than ``max_side``, or than ``max_ratio`` times the other, is cut into equal blocks
+    with a basis each. Then a side has none that is more than four times as long as the other: the rank of a gradient is
+    at most the shorter side's, and there is little to find."""
+    max_ratio: float = 2.0
+    """With ``blocks``, the most rows of a basis relative to the other side."""
+    threshold: float = 1e-6
+    """Elements of a gradient in the bases that are smaller than this, relative to its norm, count as zero: they may be
+    rounding errors."""
 
 
 class Eigenbases:
@@ -59,9 +71,12 @@ class Eigenbases:
             raise ValueError(f"factor_decay must be in [0, 1), got {config.factor_decay}")
         if not 0.0 <= config.shift < math.inf:
             raise ValueError(f"shift must be finite and not negative, got {config.shift}")
-        for name, least in (("settling", 1), ("interval", 1), ("max_side", 0)):
-            if getattr(config, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+        for name, least in (
+            *((name, 1) for name in ("settling", "interval", "factor_interval")),
+            *(("max_side", 0), ("max_ratio", 1.0), ("threshold", 0.0)),
+        ):
+            if not least <= getattr(config, name) < math.inf:
+                raise ValueError(f"{name} must be at least {least} and finite, got {getattr(config, name)}")
         self._config, self._spec = config, spec
 
     def serve(self, shape: Sequence[int]) -> bool:
@@ -69,50 +84,88 @@ class Eigenbases:
 
     def initial(self, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | None) -> State:
         own: State = {}
-        for side, length in self.sides(shape).items():
-            own[f"{side}_factor"] = torch.zeros(length, length, dtype=dtype, device=device)
-            own[f"{side}_basis"] = torch.eye(length, dtype=dtype, device=device)
+        for side, (count, length) in self.sides(shape).items():
+            lead = (count, length) if count > 1 else (length,)
+            own[f"{side}_factor"] = torch.zeros(*lead, length, dtype=dtype, device=device)
+            own[f"{side}_basis"] = torch.eye(length, dtype=dtype, device=device).expand(*lead, length).contiguous()
         return {**own, AGE: torch.zeros((), dtype=torch.int64, device="cpu")} if own else {}
 
-    def sides(self, shape: Sequence[int]) -> dict[Side, int]:
-        """The lengths of those sides of a tensor that have bases."""
+    def sides(self, shape: Sequence[int]) -> dict[Side, tuple[int, int]]:
+        """Of those sides of a tensor that have bases, how many blocks there are and how long each is."""
         if len(shape) < 2 or math.prod(shape) == 0:
             return {}
         rows, columns = as_matrix(shape)
         if min(rows, columns) == 1:  # a vector
             return {}
-        lengths: dict[Side, int] = {"left": rows, "right": columns}
-        return {side: length for side, length in lengths.items() if length <= self._config.max_side}
+        found = {"left": self._blocks(rows, columns), "right": self._blocks(columns, rows)}
+        return {side: blocks for side in _SIDES if (blocks := found[side]) is not None}
+
+    def _blocks(self, side: int, other: int) -> tuple[int, int] | None:
+        """The blocks of a side: as few and as large as the settings allow, of one size."""
+        config = self._config
+        if not config.blocks:
+            return (1, side) if side <= config.max_side else None
+        most = min(config.max_side, int(config.max_ratio * other))
+        if side > _LONGEST * other or most < 2:
+            return None
+        fewest = -(-side // most)
+        # A prime side has none: of one row a basis says nothing, and a ragged block would need a case of its own.
+        counts = (count for count in range(fewest, min(_SMALLER * fewest, side // 2) + 1) if side % count == 0)
+        count = next(counts, None)
+        return None if count is None else (count, side // count)
 
     def cut(self, shape: Sequence[int]) -> int | None:
         match list(self.sides(shape)):
             case ["left"]:
-                return -1
+                return -1  # also where it has several blocks
             case ["right"]:
                 return -2
         return None
+
+    @property
+    def threshold(self) -> float:
+        """Relative to the norm of a gradient, how large an element must be to count."""
+        return self._config.threshold
 
     def is_due(self, age: int) -> bool:
         """Whether bases follow in a step, of which the first is 1."""
         return age <= self._config.settling or age % self._config.interval == 0
 
+    def factor_decay(self, age: int) -> float | None:
+        """By how much the averages decay in a step, of which the first is 1; ``None`` where they stay."""
+        config = self._config
+        if age <= config.settling:
+            return config.factor_decay
+        return None if age % config.factor_interval else config.factor_decay**config.factor_interval
+
     def follow(self, grad: Iterable[Tensor], size: GradientSize, own: State, age: int) -> tuple[State, Turns]:
-        config, after, turns = self._config, {}, Turns()
-        squares: dict[Side, Tensor] = {}
-        for strip in grad:
-            unit = strip / size.largest / size.norm.clamp(min=1.0)
+        after, decay = dict(own), self.factor_decay(age)
+        if decay is not None:
+            squares: dict[Side, Tensor] = {}
+            for strip in grad:
+                unit = strip / size.largest / size.norm.clamp(min=1.0)
+                for side in _SIDES:
+                    if f"{side}_factor" in own:
+                        part = blocks(side, unit, own[f"{side}_factor"].shape[-1])
+                        square = part @ part.mT if side == "left" else part.mT @ part
+                        squares[side] = squares[side] + square if side in squares else square
+            for side, square in squares.items():
+                after[f"{side}_factor"] = decay * own[f"{side}_factor"] + (1.0 - decay) * square
+        after.pop(AGE, None)
+        return self.turn(after, age)
+
+    def turn(self, own: State, age: int) -> tuple[State, Turns]:
+        """The own entries, once their bases have followed their factors, if it is time for that, and how they turned."""
+        after, turns = dict(own), Turns()
+        if self.is_due(age):
             for side in _SIDES:
-                if f"{side}_factor" in own:
-                    square = unit @ unit.mT if side == "left" else unit.mT @ unit
-                    squares[side] = squares[side] + square if side in squares else square
-        for side, square in squares.items():
-            factor = config.factor_decay * own[f"{side}_factor"] + (1.0 - config.factor_decay) * square
-            basis = own[f"{side}_basis"]
-            if self.is_due(age):
+                if f"{side}_factor" not in own:
+                    continue
+                factor, basis = own[f"{side}_factor"], own[f"{side}_basis"]
                 for _ in range(_FIRST if age == 1 else 1):
-                    before, (basis, order) = basis, _next_basis(factor, basis, config.shift)
+                    before, (basis, order) = basis, _next_basis(factor, basis, self._config.shift)
                     turns.add(side, basis.mT @ before, order)
-            after[f"{side}_factor"], after[f"{side}_basis"] = factor, basis
+                after[f"{side}_basis"] = basis
         return after, turns
 
     def carry(self, state: State, turns: Turns) -> State:
@@ -132,20 +185,24 @@ class Eigenbases:
         return after
 
     def enter(self, x: Tensor, own: State) -> Tensor:
-        if "left_basis" in own:
-            x = own["left_basis"].mT @ x
-        return x @ own["right_basis"] if "right_basis" in own else x
+        for side in _SIDES:
+            if f"{side}_basis" in own:
+                x = along(side, own[f"{side}_basis"].mT, x)
+        return x
 
     def enter_grad(self, grad: Tensor, own: State, size: GradientSize) -> Tensor:
         # A coordinate that has had nothing but rounding errors would otherwise be scaled up to a step like any other's.
         grad = self.enter(grad, own)
-        return grad.masked_fill_(grad.abs() <= _ROUNDING * size.norm * size.largest, 0.0)
+        if not self._config.threshold:
+            return grad
+        return grad.masked_fill_(grad.abs() <= self._config.threshold * size.norm * size.largest, 0.0)
 
     def leave(self, x: Tensor, own: State) -> Tensor:
-        if "left_basis" in own:
-            x = (own["left_basis"] @ x).masked_fill_(_unseen(own["left_factor"]).unsqueeze(-1), 0.0)
-        if "right_basis" in own:
-            x = (x @ own["right_basis"].mT).masked_fill_(_unseen(own["right_factor"]).unsqueeze(-2), 0.0)
+        for side in _SIDES:
+            if f"{side}_basis" in own:
+                x = along(side, own[f"{side}_basis"], x)
+                unseen = _unseen(own[f"{side}_factor"], x.shape[-2 if side == "left" else -1])
+                x = x.masked_fill_(unseen.unsqueeze(-1 if side == "left" else -2), 0.0)
         return x
 
 
@@ -213,6 +270,7 @@ class InEigenbases(UpdateRule):
         if self.inner.coordinates is not None:
             raise ValueError(f"a rule in bases cannot have bases inside, and {self.config.inner.kind!r} has")
         self.needs_loss, self.zero_gradient_is_noop = self.inner.needs_loss, self.inner.zero_gradient_is_noop
+        self.counts_tensors = self.inner.counts_tensors
         self.coordinates = Eigenbases(self.config, self.inner.state_spec())
 
     def state_spec(self) -> dict[str, StateSpec]:
@@ -341,9 +399,10 @@ class InEigenbases(UpdateRule):
         )
 
 
-def _unseen(factor: Tensor) -> Tensor:
-    """Which rows or columns have had no gradient."""
-    return factor.diagonal(dim1=-2, dim2=-1) == 0.0
+def _unseen(factor: Tensor, length: int) -> Tensor:
+    """Which rows or columns, of so many, have had no gradient."""
+    seen = factor.diagonal(dim1=-2, dim2=-1) == 0.0
+    return seen if seen.shape[-1] == length else seen.flatten(-2)
 
 
 def _next_basis(factor: Tensor, basis: Tensor, shift: float) -> tuple[Tensor, Tensor]:

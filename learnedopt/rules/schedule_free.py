@@ -153,6 +153,7 @@ class ScheduleFreeRule(UpdateRule):
     config_class = ScheduleFreeConfig
     config: ScheduleFreeConfig
     zero_gradient_is_noop = True
+    counts_tensors = True
     reads_param = False
     way_limit: ClassVar[float] = 1e14
     """Gradients and ways are taken to be no larger in the averages, so that sums of squares are finite in float32."""

@@ -68,7 +68,7 @@ class Program(blocked.Program):
     def _directions(self, block: blocked.Block, statistics: Tensor, moments: Sequence[Tensor]) -> list[Tensor]:
         """Advance the moments; both momenta and the gradient over the running RMS, the first three features."""
         v, config = block.views, self._config
-        limits = torch.finfo(self._dtype)
+        limits = torch.finfo(v.grad.dtype)
         limit = 0.5 * math.sqrt(limits.max)
         grad = v.grad.clamp_(-limit, limit)
         fast, slow, square = moments

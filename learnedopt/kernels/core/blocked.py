@@ -60,7 +60,6 @@ class Program(ABC):
     def __init__(self, rule: UpdateRule, sizes: Sizes) -> None:
         spec = {name: spec.shape[:1] for name, spec in rule.state_spec().items() if spec.scope == "coordinate"}
         self._layers = {name + part: math.prod(shape) for name, shape in spec.items() for part in ("", LOW, SCALE)}
-        self._dtype = next(rule.parameters()).dtype
         self._sizes = sizes
 
     @classmethod
@@ -90,7 +89,7 @@ class Program(ABC):
                 Part(index, param, grad, own_grad, start, sizes[index], tensors.states[index])
                 for index, (param, grad, own_grad), start in (pieces[i] for i in bundle)
             ]
-            views = WORKSPACE.views(self._sizes, self._dtype, sum(part.param.numel() for part in parts))
+            views = WORKSPACE.views(self._sizes, tensors.dtype, sum(part.param.numel() for part in parts))
             yield Block(parts, views, self._layers, tensors.maximize)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from learnedopt.kernels.core import registry
 from learnedopt.kernels.core.base import Backend, Case, StepOptions, Tensors
+from learnedopt.kernels.core.means import tensor_state
 from learnedopt.rules.base import State, UpdateRule
 
 BackendName = Literal["auto", "triton", "native", "blocked", "reference"]
@@ -113,8 +114,16 @@ def step(backend: Backend, rule: UpdateRule, tensors: Tensors, options: StepOpti
         made_of.step(backend, rule, tensors, options)
         return
     statistics, tensor_state = backend.statistics(rule, tensors, options.loss)
+    statistics, changed = with_lr(rule, tensors, statistics, options.lr)
     backend.update(rule, tensors, statistics, options)
-    keep_tensor_state(tensors.states, tensor_state, options.skip)
+    keep_tensor_state(tensors.states, tensor_state | changed, options.skip)
+
+
+def with_lr(rule: UpdateRule, tensors: Tensors, statistics: Tensor, lr: float | Tensor) -> tuple[Tensor, State]:
+    """What :meth:`~learnedopt.rules.UpdateRule.with_lr` makes of statistics, for rules to which it makes a difference."""
+    if type(rule).with_lr is UpdateRule.with_lr:
+        return statistics, {}
+    return rule.with_lr(statistics, tensor_state(rule, tensors), lr)
 
 
 def keep_tensor_state(states: Sequence[State], tensor_state: State, skip: Tensor | None) -> None:

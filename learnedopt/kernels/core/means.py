@@ -34,7 +34,7 @@ def statistics_from_sums(rule: TakesMeans, tensors: Tensors, sums: Callable[[Ten
         sums: From the corrections ``(C, S)`` to the sums ``(K, S)``, over the coordinates that are here, of what the
             rule takes the means of.
     """
-    state = _tensor_state(rule, tensors)
+    state = tensor_state(rule, tensors)
     corrections = rule.corrections(state)
     totals = sums(corrections)
     if tensors.total is not None:
@@ -46,10 +46,10 @@ def statistics_from_sums(rule: TakesMeans, tensors: Tensors, sums: Callable[[Ten
 def statistics_without_coordinates(rule: UpdateRule, tensors: Tensors, loss: Tensor | None) -> tuple[Tensor, State]:
     """What the ``statistics`` of a rule gives that looks at no coordinate there."""
     none = torch.empty(0, dtype=tensors.dtype, device=tensors.device)
-    return rule.statistics(none, none, _tensor_state(rule, tensors), tensors.segments, loss)
+    return rule.statistics(none, none, tensor_state(rule, tensors), tensors.segments, loss)
 
 
-def _tensor_state(rule: UpdateRule | TakesMeans, tensors: Tensors) -> State:
+def tensor_state(rule: UpdateRule | TakesMeans, tensors: Tensors) -> State:
     """What tensors have, ``(*shape, S)``."""
     names = [name for name, spec in rule.state_spec().items() if spec.scope == "tensor"]
     return {name: torch.stack([state[name] for state in tensors.states], dim=-1) for name in names}

@@ -123,6 +123,18 @@ def within(x, bound):
 
 
 @triton.jit
+def in_range(grad):
+    """As :func:`learnedopt.rules.moments.in_range`: half the root of the largest float32."""
+    return within(grad, 9.223371873002223e18)
+
+
+@triton.jit
+def root(square):
+    """Of the smallest normal number where it is less than that."""
+    return tl.sqrt(at_least(square, 1.1754943508222875e-38))
+
+
+@triton.jit
 def log_sign(x, p):
     magnitude = at_least(tl.log(at_least(tl.abs(x), tl.exp(-p))) / p, -1.0)
     return magnitude, within(x * tl.exp(p), 1.0)
@@ -137,12 +149,12 @@ def adam_directions(where, grad, statistics, MOMENTUM: tl.constexpr, SQUARE: tl.
     """
     tensors, tensor, num_tensors, at, size = where
     decay0, decay1, rest0, rest1, eps = averaging
-    grad = within(grad, 9.223371873002223e18)  # half the root of the largest float32
+    grad = in_range(grad)
     momentum = decay0 * load(numbers(tensors, tensor, 0), at, size) + rest0 * grad
     square = decay1 * load(numbers(tensors, tensor, 1), at, size) + rest1 * (grad * grad)
     correction0 = of_tensor(statistics, MOMENTUM, num_tensors, tensor)
     correction1 = of_tensor(statistics, SQUARE, num_tensors, tensor)
-    rms = tl.sqrt(at_least(square * correction1, 1.1754943508222875e-38)) + eps
+    rms = root(square * correction1) + eps
     return momentum, square, momentum * correction0 / rms, grad / rms
 
 

@@ -19,7 +19,7 @@ class Program(blocked.Program):
         super().__init__(rule, Sizes(4, outputs=2, extra=3, hidden=rule.config.hidden_size))
         self._config = rule.config
         self._lstm = Layers(rule.lstm)
-        none = torch.zeros(1, 1, dtype=self._dtype)
+        none = rule.forget_gate.weight.new_zeros(1, 1)
         forget, input_ = rule.forget_gate, rule.input_gate
         self._gates = torch.cat(
             [
