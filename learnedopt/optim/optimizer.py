@@ -79,8 +79,8 @@ class LearnedOptimizer(RuleGroups):
     Raises:
         TypeError: ``rule`` is none of the above.
         ValueError: ``lr`` or ``weight_decay`` is negative or not finite, ``nonfinite``, ``state_dtype`` or ``backend``
-            is none of those named, ``together`` is no positive number, the backend cannot serve, ``params`` is empty, or the rule is not in the zoo, is
-            damaged, or is of a kind that this class does not run.
+            is none of those named, ``together`` is no positive number, the backend cannot serve, ``params`` is
+            empty, or the rule is not in the zoo, is damaged, or is of a kind that this class does not run.
         RuntimeError: the backend has to be compiled and cannot be.
 
     State per parameter, on its device: ``(*spec.shape, *param.shape)`` for each coordinate-scope entry of the rule's

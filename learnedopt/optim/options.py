@@ -100,9 +100,9 @@ def warn_of_uncounted_tensors(optimizer: Optimizer) -> None:
     _SINGLE.add(optimizer)
     if len(_SINGLE) == _MANY:
         warnings.warn(
-            f"there are {_MANY} learned optimizers of one tensor each. If these are of one network, as where each steps "
-            "in a hook of backward, say how many tensors are trained together: step sizes depend on that number, and "
-            "an optimizer counts only its own. LearnedOptimizer(..., together=len(list(model.parameters())))",
+            f"there are {_MANY} learned optimizers of one tensor each. If these are of one network, as where each "
+            "steps in a hook of backward, say how many tensors are trained together: step sizes depend on that "
+            "number, and an optimizer counts only its own. LearnedOptimizer(..., together=number)",
             stacklevel=_to_the_user(),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,9 +17,9 @@ class ChainConfig(RuleConfig):
     """Settings of :class:`ChainRule`."""
 
     kind: ClassVar[str] = "chain"
-    first: RuleConfig = NormalizedGradientConfig()
+    first: RuleConfig = field(default_factory=NormalizedGradientConfig)
     """Chooses directions. It has no weights of its own to train."""
-    then: RuleConfig = LawsConfig()
+    then: RuleConfig = field(default_factory=LawsConfig)
     """Chooses how far to go along them."""
 
 

@@ -19,6 +19,8 @@ _SIDES: tuple[Side, ...] = ("left", "right")
 
 _LONGEST = 4
 """With blocks, how many times the other a side with bases may be."""
+_SMALL = 128
+"""With blocks, a side of so many rows may be whole: its factor and its basis take little memory, whatever the other."""
 _SMALLER = 4
 """How many times smaller than they may be blocks are made so that they divide a side evenly."""
 _FIRST = 4
@@ -105,9 +107,9 @@ class Eigenbases:
         config = self._config
         if not config.blocks:
             return (1, side) if side <= config.max_side else None
-        most = min(config.max_side, int(config.max_ratio * other))
-        if side > _LONGEST * other or most < 2:
+        if side > _LONGEST * other:
             return None
+        most = min(config.max_side, max(_SMALL, int(config.max_ratio * other)))
         fewest = -(-side // most)
         # A prime side has none: of one row a basis says nothing, and a ragged block would need a case of its own.
         counts = (count for count in range(fewest, min(_SMALLER * fewest, side // 2) + 1) if side % count == 0)
@@ -155,7 +157,7 @@ class Eigenbases:
         return self.turn(after, age)
 
     def turn(self, own: State, age: int) -> tuple[State, Turns]:
-        """The own entries, once their bases have followed their factors, if it is time for that, and how they turned."""
+        """The own entries once bases have followed their factors, if it is time for that, and how they turned."""
         after, turns = dict(own), Turns()
         if self.is_due(age):
             for side in _SIDES:

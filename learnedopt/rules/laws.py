@@ -111,8 +111,8 @@ class LawsRule(UpdateRule):
     with bars for running averages of decay :math:`\beta_w`, :math:`g` for the gradient itself and :math:`\theta_0` for
     the parameters at the first step. Where it is negative, a tensor has gone so far that the way back is downhill.
 
-    :math:`\lambda` is 1, or what ``lr`` is. Averaging is this rule's schedule, and one that decays does not add to it: of
-    what ``lr`` falls below the largest it has been, :math:`\lambda_{\max}`, only a power counts,
+    :math:`\lambda` is 1, or what ``lr`` is. Averaging is this rule's schedule, and one that decays adds nothing to it:
+    of what ``lr`` falls below the largest it has been, :math:`\lambda_{\max}`, only a power counts,
     :math:`\lambda = \lambda_{\max} (\mathrm{lr} / \lambda_{\max})^p`. At zero itself nothing moves.
 
     What follows from the form, whatever the weights (``tests/rules/`` checks each):

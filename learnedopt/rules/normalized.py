@@ -37,9 +37,9 @@ class NormalizedGradientConfig(RuleConfig):
     """Decay of the second moment, :math:`\\beta`."""
     eps: float = 1e-12
     relative_eps: float = 0.0
-    """:math:`\\rho`: a coordinate whose gradients are this small, relative to the RMS of its tensor's, takes a third of a
-    step or so, and much less where they are smaller still. In bases, where a coordinate without gradient has rounding
-    errors, this keeps them from becoming steps. 0 is without."""
+    """:math:`\\rho`: a coordinate whose gradients are this small, relative to the RMS of its tensor's, takes a third of
+    a step or so, and much less where they are smaller still. In bases, where a coordinate without gradient has
+    rounding errors, this keeps them from becoming steps. 0 is without."""
 
 
 class NormalizedGradientRule(UpdateRule):

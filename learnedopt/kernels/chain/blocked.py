@@ -21,7 +21,7 @@ from learnedopt.rules.moments import in_range
 from learnedopt.rules.normalized import Row as Normalized
 
 PIECE = 1 << 14
-"""Coordinates that are worked on at once where there are no bases: their state and what becomes of it stay in a cache."""
+"""Coordinates that are worked on at once where there are no bases: few enough to stay in a cache with their state."""
 TILE = 1 << 16
 """Coordinates of a tile one of whose sides has no bases."""
 SMALLEST, LARGEST = 1e-26, 1e18
@@ -186,7 +186,7 @@ class _Matrix:
                 grad, share = grad / torch.linalg.vector_norm(grad).clamp(min=1.0), 1.0 - decay
             for side in ("left", "right"):
                 if (factor := own.get(f"{side}_factor")) is not None:
-                    part = blocks(side, grad, factor.shape[-1])  # type: ignore[arg-type]
+                    part = blocks(side, grad, factor.shape[-1])
                     left, right = (part, part.mT) if side == "left" else (part.mT, part)
                     add = factor.addmm_ if factor.dim() == 2 else factor.baddbmm_
                     add(left, right, beta=decay, alpha=share)

@@ -120,7 +120,7 @@ def step(backend: Backend, rule: UpdateRule, tensors: Tensors, options: StepOpti
 
 
 def with_lr(rule: UpdateRule, tensors: Tensors, statistics: Tensor, lr: float | Tensor) -> tuple[Tensor, State]:
-    """What :meth:`~learnedopt.rules.UpdateRule.with_lr` makes of statistics, for rules to which it makes a difference."""
+    """What a rule makes of statistics at an ``lr`` (:meth:`~learnedopt.rules.UpdateRule.with_lr`), if anything."""
     if type(rule).with_lr is UpdateRule.with_lr:
         return statistics, {}
     return rule.with_lr(statistics, tensor_state(rule, tensors), lr)
