@@ -27,7 +27,7 @@ RECIPE = Recipe(
     name="default-pes",
     description="The default, all of its read-out fine-tuned by PES on long episodes",
     tasks=f"{_START.tasks}; without the four largest families",
-    rule=zoo.entry_info("default").config,
+    rule=zoo.entry_info("sf-eigen-1").config,
     training=MetaTrainConfig(
         updates=1200,
         unroll_length=50,
@@ -44,5 +44,5 @@ RECIPE = Recipe(
         validation_horizon=500,
     ),
     family=family,
-    start="default",
+    start="sf-eigen-1",
 )
