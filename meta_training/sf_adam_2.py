@@ -15,7 +15,7 @@ _FORMER = load_recipe(Path(__file__).with_name("sf_adam_1.py"))
 
 RECIPE = Recipe(
     name="sf-adam-2",
-    description="Normalized gradients with learned step sizes and averaging: the default without bases, cheaper per step",
+    description="Normalized gradients, learned step sizes and averaging: the default without bases, cheaper per step",
     tasks=_FORMER.tasks,
     rule=ChainConfig(first=NormalizedGradientConfig(square_decay=0.999), then=LawsConfig()),
     training=SearchConfig(

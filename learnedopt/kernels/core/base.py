@@ -135,7 +135,10 @@ class Backend(ABC):
         """Why it cannot serve a case, as the end of a sentence; ``None`` where it can. Compiles nothing."""
 
     def unprepared(self) -> str | None:
-        """Why it is not taken unless it is asked for by name, as the end of a sentence; ``None`` where it is ready."""
+        """Why it is not taken unless it is asked for by name, as the end of a sentence; ``None`` where it is ready.
+
+        It may begin to make itself ready for later, but waits for nothing.
+        """
         return None
 
     def prepare(self) -> None:  # noqa: B027, most have nothing to prepare

@@ -39,9 +39,7 @@ class NativeBackend(Backend):
         return registry.refusal(self.name, case.rule)
 
     def unprepared(self) -> str | None:
-        if not extension.is_compiled():
-            return "it is not compiled on this machine: it will be when it is asked for by name"
-        return extension.why_unavailable()
+        return extension.why_unavailable() if extension.is_compiled() else extension.compile_in_background()
 
     def prepare(self) -> None:
         extension.operators()
