@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from learnedopt.kernels import BackendName, Case, StepOptions, step
 from learnedopt.optim.groups import RuleGroups
 from learnedopt.optim.options import Group, Loss, NonFinite, check_finite, check_params, checked, read_loss
-from learnedopt.optim.placement import batches, without_autocast
+from learnedopt.optim.placement import batches, held, without_autocast
 from learnedopt.optim.registry import RuleLike
 from learnedopt.optim.sharding import mean_over, sent
 from learnedopt.optim.state import init_state
@@ -72,6 +72,10 @@ class LearnedOptimizer(RuleGroups):
             of a network's, as under ``ZeroRedundancyOptimizer`` or with an optimizer for each parameter, is given the
             number of all; a group with one of several independent networks, the number of its own. Learned step sizes
             are smaller for networks of many tensors. ``None`` counts those of all groups.
+        mask_zero_gradients: Whether elements stay where they are, bit for bit, in a step in which their gradients are
+            exactly zero, as of weights that are pruned or frozen by masks, or rows of an embedding without a gradient.
+            Neither the update nor weight decay moves them. Only the move is dropped: state advances as without it. A
+            step takes a copy of the parameters.
         backend: What computes the step: ``"auto"``, the fastest that can serve and needs no compiling first, or one
             asked for by name: ``"reference"``, ``"blocked"``, ``"native"`` or ``"triton"``. They agree up to
             rounding. Of the optimizer, not of its groups or its ``state_dict``.
@@ -110,12 +114,13 @@ class LearnedOptimizer(RuleGroups):
         nonfinite: NonFinite = "propagate",
         state_dtype: torch.dtype = torch.float32,
         together: int | None = None,
+        mask_zero_gradients: bool = False,
         backend: BackendName = "auto",
     ) -> None:
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "together": together}
-        options = checked({**options, "nonfinite": nonfinite, "state_dtype": state_dtype})
+        options |= {"nonfinite": nonfinite, "state_dtype": state_dtype, "mask_zero_gradients": mask_zero_gradients}
         self._observed_loss: Loss | None = None
-        super().__init__(params, rule, options, backend)
+        super().__init__(params, rule, checked(options), backend)
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
@@ -212,6 +217,6 @@ class LearnedOptimizer(RuleGroups):
                 loss=given,
                 skip=None if skip is None else sent(skip, device),
             )
-            with without_autocast(device):
+            with without_autocast(device), held(tensors, group["mask_zero_gradients"]):
                 step(backend, batch.rule, tensors, options)
                 batch.keep(tensors)

@@ -28,6 +28,7 @@ LATER: dict[str, Any] = {
     "nonfinite": "propagate",
     "state_dtype": "float32",
     "together": None,
+    "mask_zero_gradients": False,
 }
 """Options that optimizers pickled before these existed are given."""
 
@@ -41,8 +42,9 @@ def checked(options: Group) -> Group:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    if not isinstance(options.get("maximize", False), bool):
-        raise ValueError(f"maximize must be True or False, got {options['maximize']!r}")
+    for flag in ("maximize", "mask_zero_gradients"):
+        if not isinstance(options.get(flag, False), bool):
+            raise ValueError(f"{flag} must be True or False, got {options[flag]!r}")
     nonfinite = options.get("nonfinite", "propagate")
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {nonfinite!r}")

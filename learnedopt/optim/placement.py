@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -182,11 +182,27 @@ def batches(
     return list(found.values())
 
 
+@contextmanager
+def held(tensors: Tensors, asked: bool) -> Iterator[None]:
+    """Elements whose gradient is exactly zero are afterwards what they were, where that is asked for.
+
+    Done to what a backend has moved, in the tensors' own coordinates: no backend and no bases know of it.
+    """
+    before = [param.clone() for param in tensors.params] if asked else []
+    yield
+    for param, old, grad in zip(tensors.params, before, tensors.grads):
+        param.copy_(torch.where(grad == 0, old, param))
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """The precision of a rule does not depend on where in the loop ``step`` is called."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    """In a function of its own because torch 2.11 cannot compile the question."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _mesh(layout: Spread | None) -> DeviceMesh | None:

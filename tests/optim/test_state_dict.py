@@ -98,6 +98,7 @@ def test_the_state_dict_holds_tensors_and_plain_values_only() -> None:
             "lr": float,
             "weight_decay": float,
             "maximize": bool,
+            "mask_zero_gradients": bool,
             "nonfinite": str,
             "state_dtype": str,
             "rule": str,
