@@ -138,9 +138,10 @@ CASES = {
         LearnedOptimizer,
         lambda: trained(in_bases(layers=2, settling=2, interval=2), scale=0.1),
     ),
-    "chain": Case(LearnedOptimizer, lambda: trained(chain(), scale=0.1)),
     "trace": Case(LearnedOptimizer, TraceRule),
 }
+KINDS = CASES | {"chain": Case(LearnedOptimizer, lambda: trained(chain(), scale=0.1))}
+"""With a chain: ``lr`` is no plain factor of its moves, and strided parameters are rounded in another way."""
 
 
 def _draw(generator: Generator, *shape: int) -> Tensor:

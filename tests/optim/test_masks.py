@@ -8,9 +8,22 @@ from torch import Tensor, nn
 
 from learnedopt import LearnedOptimizer
 from learnedopt.kernels.bases import step as bases
-from tests.optim.reference import CASES, DTYPES, LAYOUTS, Case, draw_grads, draw_params, in_bases, same_bits, trained
+from learnedopt.kernels.chain import blocked as chain_blocked
+from tests.optim.reference import (
+    CASES,
+    DTYPES,
+    KINDS,
+    LAYOUTS,
+    Case,
+    chain,
+    draw_grads,
+    draw_params,
+    in_bases,
+    same_bits,
+    trained,
+)
 
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+each_case = pytest.mark.parametrize("case", KINDS.values(), ids=KINDS.keys())
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -95,6 +108,37 @@ def test_a_large_matrix_in_strips_keeps_its_masked_elements(backend: str, monkey
     for param, old, mask in zip(params, before, masks):
         assert same_bits([param.detach()[mask]], [old[mask]])
         assert bool((param != old)[~mask].all())
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+def test_a_large_matrix_of_a_chain_keeps_its_masked_elements(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles, pieces and the whole step in one call."""
+    monkeypatch.setattr(chain_blocked, "TILE", 25)
+    monkeypatch.setattr(chain_blocked, "PIECE", 17)
+    params = [torch.randn(shape, generator=generator()).requires_grad_() for shape in ((20, 5), (6, 30), (40,))]
+    params.append(torch.randn(3, 14, generator=generator()).t().requires_grad_())
+    before = [param.detach().clone() for param in params]
+    masks = draw_masks(params, seed=1)
+    optimizer = KINDS["chain"].build(params, mask_zero_gradients=True, backend=backend, weight_decay=0.01)
+    for seed in range(4):
+        masked_step(optimizer, masks, seed)
+    for param, old, mask in zip(params, before, masks):
+        assert same_bits([param.detach()[mask]], [old[mask]])
+        assert bool((param != old)[~mask].all())
+
+
+def test_masked_groups_are_not_averaged() -> None:
+    """The average of what is masked is not where it is held."""
+    params = draw_params(generator(), ["matrix", "vector"])
+    masked, free = ({"params": [param], "mask_zero_gradients": asked} for param, asked in zip(params, (True, False)))
+    optimizer = LearnedOptimizer([masked, free], trained(chain(), scale=0.1))
+    for _ in range(3):
+        draw_grads(generator(), params)
+        optimizer.step()
+    before = [param.detach().clone() for param in params]
+    with optimizer.averaged_parameters():
+        assert same_bits([params[0].detach()], before[:1])
+        assert not torch.equal(params[1].detach(), before[1])
 
 
 @pytest.mark.parametrize("rule", ["default", "light"])
