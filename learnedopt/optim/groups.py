@@ -61,8 +61,7 @@ class RuleGroups(Optimizer):
     def backend(self) -> str:
         """What computes the step of these parameters where they are now; for each device if that differs.
 
-        For parameters that are spread over processes it is the same in all of these from the first step on. Under
-        ``torch.compile`` the compiler computes, from the reference, unless another backend was asked for.
+        For parameters that are spread over processes it is the same in all of these from the first step on.
 
         >>> from learnedopt import LearnedOptimizer
         >>> from learnedopt.rules import LSTMRule

@@ -133,7 +133,7 @@ def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: Ru
                 continue
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"{optimizer} does not support sparse gradients")
-            if param.is_complex() and param.is_conj():  # in this order, because compilers do not know the second
+            if param.is_conj():
                 raise RuntimeError(
                     f"{optimizer} cannot update a conjugate view, here of shape {tuple(param.shape)}: make it a "
                     "parameter of its own with resolve_conj()"
@@ -152,7 +152,7 @@ def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: Ru
 def _check_state(group: Group, index: int, state: Mapping[str, Tensor], probe: tuple[str, int] | None) -> None:
     """Kernels trust that state has the shape of its parameter. One entry tells: they are made and loaded together."""
     param = group["params"][index]
-    if probe is None or (param.is_complex() and torch.compiler.is_compiling()):
+    if probe is None:
         return
     entry, lead = probe
     shape = (*param.shape, 2) if param.is_complex() else param.shape

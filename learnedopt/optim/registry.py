@@ -76,10 +76,6 @@ class RuleRegistry:
             self._probes[sha256] = next(found, None)
         return self._probes[sha256]
 
-    def has_bases(self, sha256: str) -> bool:
-        """Whether a rule has coordinates of its own for some tensors."""
-        return self._rules[sha256].coordinates is not None
-
     def placed(self, sha256: str, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """A rule on a device and in a dtype, made once."""
         key = (sha256, device, dtype)
