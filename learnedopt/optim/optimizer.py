@@ -51,7 +51,7 @@ class LearnedOptimizer(RuleGroups):
 
     ``step`` is not compiled: under ``torch.compile`` it is taken outside of the graph, the same to the last bit; with
     ``fullgraph=True`` that is an error. It is not differentiable either: to train a rule, or to learn through its
-    updates, call the rule (:meth:`~learnedopt.rules.UpdateRule.update`), which is pure and has gradients of every order.
+    updates, call the rule (:meth:`~learnedopt.rules.UpdateRule.update`), which is pure and has all gradients.
     Of tensors without values, fake or on the device ``meta``, it makes the state and computes nothing.
 
     Args:
@@ -198,6 +198,9 @@ class LearnedOptimizer(RuleGroups):
             return  # at lr=0: state is there, and nothing moves
         for batch in found:
             device, dtype = batch.device, batch.dtype
+            if not batch.has_values:
+                self._backends.choose(Case(batch.rule, device, dtype, group["state_dtype"]))  # or say why it cannot
+                continue
             given = None if loss is None else sent(loss, device, dtype)
             if given is not None and batch.mesh is not None:
                 given = mean_over(batch.mesh, given)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from learnedopt.kernels import StateDtype
 from learnedopt.optim.registry import RuleRegistry
-from learnedopt.optim.sharding import anywhere, local, sent, whole
+from learnedopt.optim.sharding import anywhere, has_values, local, sent, whole
 
 Loss = Tensor | float
 NonFinite = Literal["propagate", "skip", "raise"]
@@ -204,7 +204,8 @@ def check_finite(loss: Tensor | None, groups: Sequence[Group], rules: RuleRegist
         ]
     if read["raise"]:
         names, values = zip(*read["raise"])
-        if found := [name for name, flag in zip(names, _nonfinite(values).tolist()) if flag]:
+        flags = _nonfinite(values)
+        if has_values(flags) and (found := [name for name, flag in zip(names, flags.tolist()) if flag]):
             raise RuntimeError(f"not finite: {', '.join(found)}. No parameter and no state has changed")
     return _nonfinite([value for _, value in read["skip"]]).any() if read["skip"] else None
 

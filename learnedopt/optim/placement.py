@@ -21,7 +21,7 @@ from learnedopt.kernels import (
 )
 from learnedopt.optim.options import Group
 from learnedopt.optim.registry import RuleRegistry
-from learnedopt.optim.sharding import Spread, align, keep_whole, local, most_over, spread, total_over, whole
+from learnedopt.optim.sharding import Spread, align, has_values, keep_whole, local, most_over, spread, total_over, whole
 from learnedopt.optim.state import as_real, has_coordinates, init_state
 from learnedopt.rules import State, UpdateRule
 
@@ -114,6 +114,11 @@ class Batch:
     @property
     def device(self) -> torch.device:
         return self.params[0].device
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there is anything to compute with: fake tensors have shapes alone, and so do those on ``meta``."""
+        return all(has_values(tensor) for tensor in (*self.params, *self.grads))
 
     @property
     def mesh(self) -> DeviceMesh | None:
