@@ -23,6 +23,8 @@ def averaged(groups: Iterable[Group], states: dict[Any, Any], rules: RuleRegistr
     try:
         with torch.no_grad():
             for group in groups:
+                if group["mask_zero_gradients"]:
+                    continue  # the average of what is masked is not where it is held
                 for param in dict.fromkeys(group["params"]):
                     if state := states.get(param):
                         value = as_real(param)

@@ -61,8 +61,7 @@ class RuleGroups(Optimizer):
     def backend(self) -> str:
         """What computes the step of these parameters where they are now; for each device if that differs.
 
-        For parameters that are spread over processes it is the same in all of these from the first step on. Under
-        ``torch.compile`` the compiler computes, from the reference, unless another backend was asked for.
+        For parameters that are spread over processes it is the same in all of these from the first step on.
 
         >>> from learnedopt import LearnedOptimizer
         >>> from learnedopt.rules import LSTMRule
@@ -77,8 +76,8 @@ class RuleGroups(Optimizer):
         """Within this context the parameters are the average that the rule keeps: to evaluate, and to save.
 
         Rules that average take gradients near their average, where there is some noise still; without it, losses are a
-        little lower late in a run. Afterwards the parameters are bit for bit what they were. Of other rules, and before
-        the first step, the parameters are the average.
+        little lower late in a run. Afterwards the parameters are bit for bit what they were. Of other rules, before the
+        first step, and of groups with ``mask_zero_gradients``, the parameters are the average.
 
         Raises:
             RuntimeError: ``step`` was called within.

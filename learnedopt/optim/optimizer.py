@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -13,11 +12,9 @@ from torch.optim.optimizer import ParamsT
 from learnedopt.kernels import BackendName, Case, StepOptions, step
 from learnedopt.optim.groups import RuleGroups
 from learnedopt.optim.options import Group, Loss, NonFinite, check_finite, check_params, checked, read_loss
-from learnedopt.optim.placement import batches, without_autocast
+from learnedopt.optim.placement import batches, count_trained, held, without_autocast
 from learnedopt.optim.registry import RuleLike
 from learnedopt.optim.sharding import mean_over, sent
-from learnedopt.optim.state import init_state
-from learnedopt.rules import State, UpdateRule
 
 
 class LearnedOptimizer(RuleGroups):
@@ -52,8 +49,10 @@ class LearnedOptimizer(RuleGroups):
     has all of their state. FSDP1 hides how its flat parameters are cut and is not supported for rules that look at
     whole tensors.
 
-    ``step`` is not differentiable. To train a rule, or to learn through its updates, call the rule
-    (:meth:`~learnedopt.rules.UpdateRule.update`), which is a pure function with gradients of every order.
+    ``step`` is not compiled: under ``torch.compile`` it is taken outside of the graph, the same to the last bit; with
+    ``fullgraph=True`` that is an error. It is not differentiable either: to train a rule, or to learn through its
+    updates, call the rule (:meth:`~learnedopt.rules.UpdateRule.update`), which is pure and has all gradients.
+    Of tensors without values, fake or on the device ``meta``, it makes the state and computes nothing.
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs, or dictionaries of parameter groups. A group may set each option
@@ -72,6 +71,10 @@ class LearnedOptimizer(RuleGroups):
             of a network's, as under ``ZeroRedundancyOptimizer`` or with an optimizer for each parameter, is given the
             number of all; a group with one of several independent networks, the number of its own. Learned step sizes
             are smaller for networks of many tensors. ``None`` counts those of all groups.
+        mask_zero_gradients: Whether elements stay where they are, bit for bit, in a step in which their gradients are
+            exactly zero, as of weights that are pruned or frozen by masks, or rows of an embedding without a gradient.
+            Neither the update nor weight decay moves them. Only the move is dropped: state advances as without it. A
+            step takes a copy of the parameters.
         backend: What computes the step: ``"auto"``, the fastest that can serve and needs no compiling first, or one
             asked for by name: ``"reference"``, ``"blocked"``, ``"native"`` or ``"triton"``. They agree up to
             rounding. Of the optimizer, not of its groups or its ``state_dict``.
@@ -110,12 +113,13 @@ class LearnedOptimizer(RuleGroups):
         nonfinite: NonFinite = "propagate",
         state_dtype: torch.dtype = torch.float32,
         together: int | None = None,
+        mask_zero_gradients: bool = False,
         backend: BackendName = "auto",
     ) -> None:
-        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "together": together}
-        options = checked({**options, "nonfinite": nonfinite, "state_dtype": state_dtype})
+        options: Group = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "together": together}
+        options |= {"nonfinite": nonfinite, "state_dtype": state_dtype, "mask_zero_gradients": mask_zero_gradients}
         self._observed_loss: Loss | None = None
-        super().__init__(params, rule, options, backend)
+        super().__init__(params, rule, checked(options), backend)
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
@@ -123,6 +127,7 @@ class LearnedOptimizer(RuleGroups):
     @overload
     def step(self, closure: Callable[[], Any], *, loss: Loss | None = None) -> Any: ...
 
+    @torch.compiler.disable(reason="a step of learnedopt has kernels of its own, and is not compiled")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Loss | None = None) -> Any:
         """Perform one optimization step.
@@ -159,14 +164,12 @@ class LearnedOptimizer(RuleGroups):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         check_params(self.param_groups, self.state, self._rules, type(self).__name__)
         given = next((value for value in (loss, returned, self._observed_loss) if value is not None), None)
         observed = read_loss(given, self.param_groups, self._rules)
         skip = check_finite(observed, self.param_groups, self._rules)
         self._observed_loss = None
-        # All that are trained count. One without a gradient today may have one tomorrow.
-        together = sum(p.numel() > 0 and (p.requires_grad or p.grad is not None) for p in set(params))
+        together = count_trained(self.param_groups)
         for group in self.param_groups:
             self._update_group(group, observed, skip if group["nonfinite"] == "skip" else None, together)
         return returned
@@ -189,18 +192,15 @@ class LearnedOptimizer(RuleGroups):
     def _update_group(self, group: Group, loss: Tensor | None, skip: Tensor | None, together: int) -> None:
         """Gather parameters, gradients and state by device, dtype and sharding; a backend does the rest."""
 
-        def state_of(param: Tensor, rule: UpdateRule, value: Tensor, dtype: torch.dtype) -> State:
-            state: State = self.state[param]
-            if not state:
-                state.update(init_state(rule, value, dtype, group["state_dtype"]))
-            return state
-
         lr = group["lr"]
-        found = batches(group, self._rules, state_of)
+        found = batches(group, self._rules, self.state)
         if self._rules[group["rule_sha256"]].needs_loss and loss is None:
             return  # at lr=0: state is there, and nothing moves
         for batch in found:
             device, dtype = batch.device, batch.dtype
+            if not batch.has_values:
+                self._backends.choose(Case(batch.rule, device, dtype, group["state_dtype"]))  # or say why it cannot
+                continue
             given = None if loss is None else sent(loss, device, dtype)
             if given is not None and batch.mesh is not None:
                 given = mean_over(batch.mesh, given)
@@ -212,6 +212,6 @@ class LearnedOptimizer(RuleGroups):
                 loss=given,
                 skip=None if skip is None else sent(skip, device),
             )
-            with without_autocast(device):
+            with without_autocast(device), held(tensors, group["mask_zero_gradients"]):
                 step(backend, batch.rule, tensors, options)
                 batch.keep(tensors)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from learnedopt.kernels import StateDtype
 from learnedopt.optim.registry import RuleRegistry
-from learnedopt.optim.sharding import anywhere, local, sent, whole
+from learnedopt.optim.sharding import anywhere, has_values, local, sent, whole
 
 Loss = Tensor | float
 NonFinite = Literal["propagate", "skip", "raise"]
@@ -28,6 +28,7 @@ LATER: dict[str, Any] = {
     "nonfinite": "propagate",
     "state_dtype": "float32",
     "together": None,
+    "mask_zero_gradients": False,
 }
 """Options that optimizers pickled before these existed are given."""
 
@@ -41,8 +42,9 @@ def checked(options: Group) -> Group:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    if not isinstance(options.get("maximize", False), bool):
-        raise ValueError(f"maximize must be True or False, got {options['maximize']!r}")
+    for flag in ("maximize", "mask_zero_gradients"):
+        if not isinstance(options.get(flag, False), bool):
+            raise ValueError(f"{flag} must be True or False, got {options[flag]!r}")
     nonfinite = options.get("nonfinite", "propagate")
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {nonfinite!r}")
@@ -131,7 +133,7 @@ def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: Ru
                 continue
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"{optimizer} does not support sparse gradients")
-            if param.is_complex() and param.is_conj():  # in this order, because compilers do not know the second
+            if param.is_conj():
                 raise RuntimeError(
                     f"{optimizer} cannot update a conjugate view, here of shape {tuple(param.shape)}: make it a "
                     "parameter of its own with resolve_conj()"
@@ -150,7 +152,7 @@ def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: Ru
 def _check_state(group: Group, index: int, state: Mapping[str, Tensor], probe: tuple[str, int] | None) -> None:
     """Kernels trust that state has the shape of its parameter. One entry tells: they are made and loaded together."""
     param = group["params"][index]
-    if probe is None or (param.is_complex() and torch.compiler.is_compiling()):
+    if probe is None:
         return
     entry, lead = probe
     shape = (*param.shape, 2) if param.is_complex() else param.shape
@@ -202,7 +204,8 @@ def check_finite(loss: Tensor | None, groups: Sequence[Group], rules: RuleRegist
         ]
     if read["raise"]:
         names, values = zip(*read["raise"])
-        if found := [name for name, flag in zip(names, _nonfinite(values).tolist()) if flag]:
+        flags = _nonfinite(values)
+        if has_values(flags) and (found := [name for name, flag in zip(names, flags.tolist()) if flag]):
             raise RuntimeError(f"not finite: {', '.join(found)}. No parameter and no state has changed")
     return _nonfinite([value for _, value in read["skip"]]).any() if read["skip"] else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -29,7 +30,12 @@ def has_coordinates(rule: UpdateRule, param: Tensor) -> bool:
 
 
 def init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype: StateDtype) -> State:
-    """The state of a parameter before its first step."""
+    """The state of a parameter before its first step; of a fake one it is fake."""
+    with getattr(local(param), "fake_mode", nullcontext()):
+        return _init_state(rule, param, dtype, state_dtype)
+
+
+def _init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype: StateDtype) -> State:
     layout, spec = state_layout(rule, dtype, state_dtype), rule.state_spec()
     state: State = {} if rule.coordinates is None else rule.coordinates.initial(param.shape, dtype, param.device)
     gathered = bool(state)

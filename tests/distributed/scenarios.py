@@ -315,6 +315,28 @@ def every_placement_equals_one_process(case: Case) -> None:
     close(optimizer, expected, TOLERANCE[torch.float64])
 
 
+@each_case
+def masked_elements_of_sharded_tensors_stay(case: Case) -> None:
+    """Those of matrices in bases too, which every process moves whole."""
+    mesh, generator = line(), torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in ((5, 6), (7,), (3, 2, 2))]
+    plain = [nn.Parameter(value.clone()) for value in values]
+    params = [spread_parameter(value, mesh, Shard(0)) for value in values]
+    masks = [torch.rand(value.shape, generator=generator) < 0.5 for value in values]
+    expected, optimizer = (
+        case.build(tensors, weight_decay=0.01, mask_zero_gradients=True) for tensors in (plain, params)
+    )
+    for _ in range(3):
+        for one, many, mask in zip(plain, params, masks):
+            one.grad = torch.randn(one.shape, generator=generator) * ~mask
+            many.grad = distribute_tensor(one.grad, mesh, [Shard(0)], src_data_rank=None)
+        expected.step(loss=1.5)
+        optimizer.step(loss=1.5)
+    for param, value, mask in zip(params, values, masks):
+        assert same_bits([full(param)[mask]], [value[mask]])
+    close(optimizer, expected, TOLERANCE[torch.float32])
+
+
 @scenario
 def no_element_of_lr_zero_moves() -> None:
     for case in CASES.values():

@@ -13,13 +13,17 @@ from learnedopt import LearnedOptimizer, LSTMOptimizer, MetaLSTMOptimizer
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
+    ChainConfig,
+    ChainRule,
     CoordinateLSTM,
     InEigenbases,
     InEigenbasesConfig,
+    LawsConfig,
     LSTMConfig,
     LSTMRule,
     MetaLSTMConfig,
     MetaLSTMRule,
+    NormalizedGradientConfig,
     PowerLaws,
     RNNpropConfig,
     RNNpropRule,
@@ -106,6 +110,12 @@ def in_bases(layers: int = 0, **settings: int) -> InEigenbases:
     return InEigenbases(InEigenbasesConfig(ScheduleFreeConfig(modulator, square_decay=0.99), **settings))
 
 
+def chain() -> ChainRule:
+    """Directions in bases, then laws for sizes."""
+    directions = InEigenbasesConfig(NormalizedGradientConfig(square_decay=0.99), settling=2, interval=2)
+    return ChainRule(ChainConfig(directions, LawsConfig()))
+
+
 @dataclass(frozen=True)
 class Case:
     optimizer: type[LearnedOptimizer]
@@ -130,6 +140,8 @@ CASES = {
     ),
     "trace": Case(LearnedOptimizer, TraceRule),
 }
+KINDS = CASES | {"chain": Case(LearnedOptimizer, lambda: trained(chain(), scale=0.1))}
+"""With a chain: ``lr`` is no plain factor of its moves, and strided parameters are rounded in another way."""
 
 
 def _draw(generator: Generator, *shape: int) -> Tensor:
