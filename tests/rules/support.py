@@ -11,7 +11,19 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from learnedopt.rules import RULES, CoordinateLSTM, ScheduleFreeConfig, Segments, State, UpdateRule, build_rule
+from learnedopt.rules import (
+    RULES,
+    ChainConfig,
+    CoordinateLSTM,
+    InEigenbasesConfig,
+    LawsConfig,
+    NormalizedGradientConfig,
+    ScheduleFreeConfig,
+    Segments,
+    State,
+    UpdateRule,
+    build_rule,
+)
 
 KINDS = sorted(RULES)
 
@@ -86,16 +98,10 @@ VARIANTS = [
         id="laws-settling",
     ),
     pytest.param(
-        {
-            "kind": "chain",
-            "first": {
-                "kind": "in_eigenbases",
-                "inner": {"kind": "normalized_gradient", "square_decay": 0.99, "relative_eps": 0.1},
-                "blocks": True,
-                "threshold": 0.0,
-            },
-            "then": {"kind": "laws", "settling_time": 2.0},
-        },
+        ChainConfig(
+            InEigenbasesConfig(NormalizedGradientConfig(relative_eps=0.1), blocks=True, threshold=0.0),
+            LawsConfig(settling_time=2.0),
+        ).to_dict(),
         id="chain-in-bases",
     ),
     pytest.param(

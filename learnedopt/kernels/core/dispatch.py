@@ -42,8 +42,8 @@ def choose(case: Case, asked: BackendName = "auto") -> tuple[Backend, dict[str, 
     """The backend for a case, and why each faster one is not it.
 
     ``"auto"`` is the fastest that can serve and is ready. The compiled kernels are compiled in the background when they
-    are first wanted on a machine, and programs that start later have them. Asked for by name, it is that one or an error, never another. A rule made of others is
-    served by one backend that can serve them all.
+    are first wanted on a machine, and programs that start later have them. Asked for by name, it is that one or an
+    error, never another. A rule made of others is served by one backend that can serve them all.
 
     The size of a model does not decide. Only a step that is little but the overhead of its calls, below some ten
     thousand parameters, is at times faster by the reference than by ``"blocked"``: by a tenth or so, for rules that
