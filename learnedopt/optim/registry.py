@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from learnedopt.optim.sharding import has_values
 from learnedopt.rules import UpdateRule
-from learnedopt.zoo import entry_info, former_fingerprint, load_rule, rule_fingerprint
+from learnedopt.zoo import entry_info, former_fingerprint, list_entries, load_rule, rule_fingerprint
 
 RuleLike = str | os.PathLike[str] | UpdateRule
 
@@ -75,6 +75,16 @@ class RuleRegistry:
         """Whether a rule here had another identity in version 0.1, and this is it."""
         with _disable_current_modes():
             return other is not None and other == former_fingerprint(self._rules[sha256])
+
+    @staticmethod
+    def entry_of(sha256: str | None) -> str | None:
+        """The zoo's entry of this identity, or that had it in version 0.1."""
+        with _disable_current_modes():
+            for name in list_entries():
+                rule = load_rule(name)
+                if sha256 is not None and sha256 in (rule_fingerprint(rule), former_fingerprint(rule)):
+                    return name
+        return None
 
     def dtype(self, sha256: str, param_dtype: torch.dtype) -> torch.dtype:
         """What a rule computes in, and keeps state in, for parameters of a real dtype: the wider of the two."""

@@ -94,10 +94,12 @@ def up_to_date(groups: list[Group], saved: StateDict, rules: RuleRegistry) -> St
                     state[key] = modern_state(state[key], whole(as_real(param)))
             saved_group = {**saved_group, **{name: group[name] for name in ("rule", "rule_sha256")}}
         elif saved_group.get("rule_sha256") != group["rule_sha256"]:
+            entry = rules.entry_of(saved_group.get("rule_sha256"))
+            which = "the rule that the state belongs to" if entry is None else f"rule={entry!r}, to which it belongs"
             raise ValueError(
                 f"parameter group {index}: this state was made with rule {saved_group.get('rule')!r} (sha256 "
                 f"{saved_group.get('rule_sha256')}), and the optimizer runs {group['rule']!r} (sha256 "
-                f"{group['rule_sha256']}): construct the optimizer with the rule that the state belongs to"
+                f"{group['rule_sha256']}): construct the optimizer with {which}"
             )
         saved_groups.append(saved_group)
     return {**saved, "state": state, "param_groups": saved_groups + saved["param_groups"][len(groups) :]}
