@@ -111,7 +111,8 @@ def test_optimizers_of_one_tensor_each_warn_once_where_they_are_not_told() -> No
     del kept
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert all([LearnedOptimizer([param], CASES["adam-lstm"].rule()) for param in params])  # which does not count
+        kept = [LearnedOptimizer([param], CASES["adam-lstm"].rule()) for param in params]  # which does not count
+    assert len(kept) == len(params)
 
 
 def test_optimizers_that_differ_from_one_are_those_that_are_not_told() -> None:
@@ -219,7 +220,7 @@ def test_the_average_has_the_lower_loss(make: Callable[[], ChainRule]) -> None:
         now = float(net.weight.square().sum())
         with optimizer.averaged_parameters():
             average = float(net.weight.square().sum())
-    assert average < 0.9 * now
+    assert average < 0.95 * now
 
 
 def test_parameters_come_back_bit_for_bit_after_an_exception() -> None:
