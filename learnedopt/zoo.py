@@ -150,7 +150,7 @@ def _blank(config: RuleConfig | Mapping[str, Any]) -> UpdateRule:
         return build_rule(config)
 
 
-ALIASES = {"default": "sf-eigen-1", "light": "sf-adam-1"}
+ALIASES = {"default": "sf-eigen-2", "light": "sf-adam-2"}
 """Roles, and the entries that have them now. What is saved names the entry."""
 
 _RULES = EntryKind(

@@ -114,7 +114,9 @@ class NormalizedGradientRule(UpdateRule):
         self, means: Tensor, corrections: Tensor, state: State, together: int
     ) -> tuple[Tensor, State]:
         """What :meth:`statistics` gives, from the means of squared gradients, ``(1, S)``."""
-        floor = self.config.relative_eps**2 * means[Mean.GRAD_SQUARE]
+        square = means[Mean.GRAD_SQUARE]
+        # Not a product with zero: a gradient that is not finite is to spoil its own coordinate alone.
+        floor = self.config.relative_eps**2 * square if self.config.relative_eps else torch.zeros_like(square)
         return torch.stack([corrections[0], floor]), {"step": state["step"] + 1.0}
 
     def forward(self, param: Tensor, grad: Tensor, state: State, statistics: Tensor) -> tuple[Tensor, State]:

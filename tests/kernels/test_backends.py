@@ -17,11 +17,18 @@ from learnedopt.kernels.core.workspace import BLOCKS
 from learnedopt.rules import (
     AdamLSTMConfig,
     AdamLSTMRule,
+    ChainConfig,
+    ChainRule,
     CoordinateLSTM,
+    InEigenbasesConfig,
+    LawsConfig,
+    LawsRule,
     LSTMConfig,
     LSTMRule,
     MetaLSTMConfig,
     MetaLSTMRule,
+    NormalizedGradientConfig,
+    NormalizedGradientRule,
     RNNpropConfig,
     RNNpropRule,
     ScheduleFreeConfig,
@@ -76,12 +83,30 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     ),
     "eigenbasis": lambda: trained(in_bases(settling=3, interval=4), scale=0.05),
     "eigenbasis, with an LSTM": lambda: trained(in_bases(layers=1), scale=0.05),
+    "normalized": lambda: NormalizedGradientRule(),
+    "normalized, floor": lambda: NormalizedGradientRule(
+        NormalizedGradientConfig(square_decay=0.9, eps=0.1, relative_eps=0.3)
+    ),
+    "laws": lambda: trained(LawsRule(LawsConfig(settling_time=3.0)), scale=0.2),
+    "chain": lambda: trained(chain(), scale=0.2),
+    "chain in bases": lambda: trained(chain(settling=3, interval=4), scale=0.05),
+    "chain in bases, cut": lambda: trained(chain(settling=3, interval=4, factor_interval=2, max_side=3), scale=0.05),
     "rnnprop": lambda: trained(RNNpropRule(), scale=0.2),
     "rnnprop, one layer": lambda: trained(
         RNNpropRule(RNNpropConfig(hidden_size=4, num_layers=1, momentum_decay=0.5, eps=0.1, output_scale=0.01)),
         scale=0.2,
     ),
 }
+
+
+def chain(**bases: Any) -> ChainRule:
+    """The default's kind: with settings of bases, in them."""
+    if not bases:
+        return ChainRule(ChainConfig(then=LawsConfig(settling_time=5.0)))
+    inner = NormalizedGradientConfig(square_decay=0.99, relative_eps=0.02)
+    return ChainRule(ChainConfig(InEigenbasesConfig(inner, blocks=True, threshold=0.0, **bases)))
+
+
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 each_backend = pytest.mark.parametrize("backend", ["blocked", "native"])
 

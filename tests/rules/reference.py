@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-from learnedopt.rules import InEigenbases, SeparateLSTMRule, UpdateRule
+from learnedopt.rules import ChainRule, InEigenbases, SeparateLSTMRule, UpdateRule
 
 Tensors = list[list[float]]
 
@@ -272,7 +272,103 @@ class EigenbasisReference(ScheduleFreeReference):
         super().__init__(rule.inner, sizes)
 
 
+class TensorReference(Reference):
+    """One tensor after another."""
+
+    def step(self, params: Tensors, grads: Tensors, loss: float) -> Tensors:
+        return [self.tensor(t, param, grad) for t, (param, grad) in enumerate(zip(params, grads))]
+
+    def tensor(self, t: int, param: list[float], grad: list[float]) -> list[float]:
+        raise NotImplementedError
+
+
+class NormalizedReference(TensorReference):
+    def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
+        super().__init__(rule, sizes)
+        self.squares, self.steps = [[0.0] * n for n in sizes], [0] * len(sizes)
+
+    def tensor(self, t: int, param: list[float], grad: list[float]) -> list[float]:
+        config = self.config
+        self.steps[t] += 1
+        floor = config.relative_eps**2 * mean([g**2 for g in grad])
+        moves = []
+        for j, g in enumerate(grad):
+            h = g * g**2 / (g**2 + floor) if g else 0.0
+            decay, square = config.square_decay, self.squares[t][j]
+            self.squares[t][j] = decay * square + (1.0 - decay) * (h**2 + floor)
+            rms = math.sqrt(self.squares[t][j] / (1.0 - decay ** self.steps[t]))
+            moves.append(-h / (rms + config.eps))
+        return moves
+
+
+class LawsReference(TensorReference):
+    """Keeps both sequences, as the paper has them, where the rule keeps their difference."""
+
+    def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
+        super().__init__(rule, sizes)
+        self.z, self.x = ([[0.0] * n for n in sizes] for _ in range(2))
+        self.steps, self.origins = [0] * len(sizes), dict[int, list[float]]()
+        self.slope, self.steepness, self.distance = ([0.0] * len(sizes) for _ in range(3))
+
+    def place(self, step: int) -> float:
+        config = self.config
+        late = min(1.0, config.settling_time / max(step, 1)) ** config.settling_power
+        return float((1.0 - config.interpolation) * late)
+
+    def tensor(self, t: int, param: list[float], grad: list[float]) -> list[float]:
+        return self.along(t, param, grad, grad)
+
+    def along(self, t: int, param: list[float], grad: list[float], direction: list[float]) -> list[float]:
+        config, keep = self.config, self.config.way_decay
+        before, self.steps[t] = self.steps[t], self.steps[t] + 1
+        step, origin = self.steps[t], self.origins.setdefault(t, list(param))
+        way = [a - b for a, b in zip(origin, param)] if before else [0.0] * len(param)
+        for average, values in (
+            (self.slope, [a * b for a, b in zip(grad, way)]),
+            (self.steepness, [a**2 for a in grad]),
+            (self.distance, [a**2 for a in way]),
+        ):
+            average[t] = keep * average[t] + (1.0 - keep) * mean(values)
+        correlation = self.slope[t] / math.sqrt(max(self.steepness[t], 1e-30) * max(self.distance[t], 1e-30))
+        scale = math.sqrt(mean([a**2 for a in origin]))
+        features = [
+            1.0,
+            math.log(min(step, config.max_time)),
+            math.tanh(config.way_gain * correlation),
+            math.log(len(self.steps)),
+            clip(math.log(scale / config.usual_scale), -7.0, 0.0) if scale else 0.0,
+            math.exp(-(step - 1) / config.warmup),
+        ]
+        bound = config.log_step_bound
+        sigma = config.nominal_step * math.exp(bound * math.tanh(dot(self.weights["step_size"], features) / bound))
+        bound, power = config.log_averaging_bound, config.averaging_power
+        weight = (power + 1.0) / (step + power) * math.exp(bound * math.tanh(self.weights["averaging"][0] / bound))
+        weight = min(1.0, weight)
+        deltas = []
+        for j, u in enumerate(direction):
+            old = self.x[t][j] + self.place(before) * (self.z[t][j] - self.x[t][j])
+            self.z[t][j] -= sigma * u
+            self.x[t][j] += weight * (self.z[t][j] - self.x[t][j])
+            deltas.append(self.x[t][j] + self.place(step) * (self.z[t][j] - self.x[t][j]) - old)
+        return deltas
+
+
+class ChainReference(TensorReference):
+    def __init__(self, rule: UpdateRule, sizes: tuple[int, ...]) -> None:
+        assert isinstance(rule, ChainRule)
+        super().__init__(rule, sizes)
+        first = rule.first.inner if isinstance(rule.first, InEigenbases) else rule.first
+        self.first, self.then = NormalizedReference(first, sizes), LawsReference(rule.then, sizes)
+
+    def tensor(self, t: int, param: list[float], grad: list[float]) -> list[float]:
+        moves = self.first.tensor(t, param, grad)
+        return self.then.along(t, param, grad, [-move for move in moves])
+
+
 REFERENCES: dict[str, type[Reference]] = {
+    "normalized_gradient": NormalizedReference,
+    "laws": LawsReference,
+    "chain": ChainReference,
     "lstm": LSTMReference,
     "meta_lstm": MetaLSTMReference,
     "adam_lstm": AdamLSTMReference,

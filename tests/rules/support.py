@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,19 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from learnedopt.rules import RULES, CoordinateLSTM, ScheduleFreeConfig, Segments, State, UpdateRule, build_rule
+from learnedopt.rules import (
+    RULES,
+    ChainConfig,
+    CoordinateLSTM,
+    InEigenbasesConfig,
+    LawsConfig,
+    NormalizedGradientConfig,
+    ScheduleFreeConfig,
+    Segments,
+    State,
+    UpdateRule,
+    build_rule,
+)
 
 KINDS = sorted(RULES)
 
@@ -70,6 +83,28 @@ VARIANTS = [
         id="schedule_free-decays",
     ),
     pytest.param(
+        {"kind": "normalized_gradient", "square_decay": 0.9, "eps": 1e-3, "relative_eps": 0.5}, id="normalized-floor"
+    ),
+    pytest.param(
+        {
+            "kind": "laws",
+            "interpolation": 0.5,
+            "settling_time": 2.0,
+            "settling_power": 0.5,
+            "averaging_power": 1.0,
+            "log_averaging_bound": 0.5,
+            "max_time": 3.0,
+        },
+        id="laws-settling",
+    ),
+    pytest.param(
+        ChainConfig(
+            InEigenbasesConfig(NormalizedGradientConfig(relative_eps=0.1), blocks=True, threshold=0.0),
+            LawsConfig(settling_time=2.0),
+        ).to_dict(),
+        id="chain-in-bases",
+    ),
+    pytest.param(
         {
             "kind": "rnnprop",
             "hidden_size": 3,
@@ -115,9 +150,8 @@ class Advancing(nn.Module):
 
 def small(config: dict[str, Any], units: int) -> dict[str, Any]:
     """The configuration with LSTMs of so many units, where it has any."""
-    if config["kind"] in ("schedule_free", "in_eigenbases"):
-        return config
-    return {**config, "hidden_size": units}
+    fields = {field.name for field in dataclasses.fields(RULES[config["kind"]].config_class)}
+    return {**config, "hidden_size": units} if "hidden_size" in fields else config
 
 
 def random_values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -15,7 +15,7 @@ from tests.rules.support import KINDS, VARIANTS, random_rule, random_values, run
 STEPS = 6
 LAYOUTS = [((1,), 1), ((3, 1), 1), ((2, 4), 2), ((1, 2, 3), 3)]
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}
-SLACK = {"schedule_free": 3.0, "in_eigenbases": 3.0}
+SLACK = {"schedule_free": 3.0, "in_eigenbases": 3.0, "laws": 3.0, "chain": 3.0}
 """With weights as large as the ones drawn here, features of 30 enter an exponential that multiplies their errors."""
 
 
@@ -72,7 +72,8 @@ def test_adam_lstm_agrees_with_the_reference_over_many_steps() -> None:
     assert_agree(deltas, reference_run(rule, segments, params, grads, losses), params, torch.float64)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# A chain calls forward with what its first rule has made of gradients.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "chain"])
 def test_forward_on_blocks_gives_what_the_whole_gives(kind: str) -> None:
     rule, segments = random_rule(kind), Segments([5, 4], copies=2)
     n, spec = segments.num_coordinates, rule.state_spec()

@@ -442,7 +442,6 @@ inline std::vector<int64_t> step(TensorList params, TensorList grads, TensorList
   std::vector<int64_t> small;
   int64_t work = 0;
   for (size_t i = 0; i < items.size(); ++i) {
-    if (!items[i].size) continue;
     if (items[i].size >= LARGE || at::get_num_threads() == 1) {
       moved[i] = step.run(items[i], true);
     } else {

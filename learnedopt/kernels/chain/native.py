@@ -108,7 +108,7 @@ def step(rule: ChainRule, tensors: Tensors, options: StepOptions) -> list[int]:
         own += [state[name] for name in _own_names(state)]
         sides.append(_sides(program.bases, param.shape))
     names = _COORDINATES + _SCALARS
-    left: list[int] = extension.operators().chain_step(
+    left: list[int] = extension.operators().chain_step.default(
         list(tensors.params),
         list(tensors.grads),
         [state[name] for state in tensors.states for name in names],
