@@ -32,9 +32,10 @@ class LearnedOptimizer(RuleGroups):
     (:class:`~learnedopt.rules.LawsRule`). Weight decay
     (:math:`\lambda`) is decoupled and scaled by ``lr`` as in AdamW; the rule sees the parameters before decay.
 
-    Parameters may be of any shape, strides and floating-point dtype. Complex ones are optimized as pairs of reals,
-    those without a gradient are skipped, and one that is listed twice is updated once. Rule, state and arithmetic
-    are float32, or float64 where the parameter or the rule is.
+    Parameters may be of any shape, strides and floating-point dtype. Complex ones are optimized as pairs of reals; to
+    what asks about whole tensors, that is one tensor of pairs and not two. Those without a gradient are skipped, and
+    one that is listed twice is updated once. Rule, state and arithmetic are float32, or float64 where the parameter or
+    the rule is.
 
     A NaN gradient goes into the update and stays in the state, as with every optimizer of torch, unless
     ``nonfinite`` says otherwise; an infinite one too, but rules that normalize by second moments, the default among
@@ -46,8 +47,8 @@ class LearnedOptimizer(RuleGroups):
     Parameters may be sharded or replicated over processes as DTensors, by FSDP2 (``fully_shard``) or tensor
     parallelism: state is sharded with them, and what a rule asks about a whole tensor is summed over its shards, so
     results are those of one process up to rounding. Those that the rule has bases for are gathered, and every process
-    has all of their state. FSDP1 hides how its flat parameters are cut and is not supported for rules that look at
-    whole tensors.
+    has all of their state. FSDP1 hides how its flat parameters are cut, and is refused for rules that look at whole
+    tensors.
 
     ``step`` is not compiled: under ``torch.compile`` it is taken outside of the graph, the same to the last bit; with
     ``fullgraph=True`` that is an error. It is not differentiable either: to train a rule, or to learn through its
@@ -212,6 +213,7 @@ class LearnedOptimizer(RuleGroups):
                 loss=given,
                 skip=None if skip is None else sent(skip, device),
             )
-            with without_autocast(device), held(tensors, group["mask_zero_gradients"]):
-                step(backend, batch.rule, tensors, options)
+            with without_autocast(device):
+                with held(tensors, group["mask_zero_gradients"]):
+                    step(backend, batch.rule, tensors, options)
                 batch.keep(tensors)

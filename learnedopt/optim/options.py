@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from learnedopt.kernels import StateDtype
 from learnedopt.optim.registry import RuleRegistry
 from learnedopt.optim.sharding import anywhere, has_values, local, sent, whole
+from learnedopt.rules import UpdateRule
 
 Loss = Tensor | float
 NonFinite = Literal["propagate", "skip", "raise"]
@@ -163,6 +164,18 @@ def _check_state(group: Group, index: int, state: Mapping[str, Tensor], probe: t
             f"a state does not have the shape of its parameter: {name} has shape {tuple(shape)}, and its state was "
             f"made for {found}. A parameter cannot change its shape under an optimizer: construct another one, and "
             "move the state as docs/drop_in.md says"
+        )
+
+
+def check_not_flat(group: Group, rule: UpdateRule) -> None:
+    """Raise ``ValueError`` where FSDP1 has cut parameters and a rule has to see whole tensors."""
+    if type(rule).statistics is UpdateRule.statistics and rule.coordinates is None:
+        return  # each coordinate is by itself
+    if any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
+        raise ValueError(
+            "these are the flat parameters of FullyShardedDataParallel (FSDP1), which hides how tensors are cut, and "
+            f"the rule {group['rule']!r} looks at whole tensors: results would silently be others. Shard with FSDP2, "
+            "torch.distributed.fsdp.fully_shard"
         )
 
 
