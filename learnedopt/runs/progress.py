@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,10 +11,30 @@ from types import FrameType
 from learnedopt.runs.folder import Record
 from learnedopt.runs.run import Trainable
 
+_EVERY = 10.0
+"""Seconds between two lines about a part."""
+
 
 def lines(records: Iterator[Record], trainer: Trainable, say: Callable[[str], None]) -> Iterator[Record]:
-    """The records; ``say`` gets a line for every hundredth, and for every validation."""
+    """The records; ``say`` gets a line for every hundredth, for every validation, and now and then for a part."""
     unit, first, started, steps = trainer.unit, trainer.done, trainer.seconds, 0
+    shown, before = time.monotonic(), None
+
+    def part(record: Record) -> None:
+        nonlocal shown, before
+        at = record[unit] - 1 + record["part"]
+        if before is None:
+            before = at, record["seconds"]
+        if "gain" not in record and time.monotonic() - shown < _EVERY:
+            return
+        shown = time.monotonic()
+        text = f"{unit} {record[unit]}, {100 * record['part']:.0f} %  {_part(record)}  {record['seconds']:.0f} s"
+        if at > before[0]:
+            left = (trainer.total - at) * (record["seconds"] - before[1]) / (at - before[0]) / 60
+            text += f"  {left:.0f} min left"
+        say(text)
+
+    trainer.listeners.append(part)
     for record in records:
         steps += record.get("steps", 0)
         if record[unit] % 100 == 0 or "validation" in record:
@@ -36,6 +57,12 @@ def bar(records: Iterator[Record], trainer: Trainable) -> Iterator[Record]:
         raise ImportError("the progress bar needs tqdm: pip install 'learnedopt[train]'") from error
     validation, started, steps = f"{trainer.best_score:.4g}", trainer.seconds, 0
     with tqdm(total=trainer.total, initial=trainer.done, unit=trainer.unit) as shown:
+
+        def part(record: Record) -> None:
+            shown.set_postfix_str(_part(record), refresh=False)
+            shown.update(record[trainer.unit] - 1 + record["part"] - shown.n)
+
+        trainer.listeners.append(part)
         for record in records:
             if "validation" in record:
                 validation = f"{record['validation']:.4g}"
@@ -44,8 +71,13 @@ def bar(records: Iterator[Record], trainer: Trainable) -> Iterator[Record]:
             shown.set_postfix_str(
                 f"{_loss(record, trainer)}, validation {validation}, {speed:.0f} inner steps/s", refresh=False
             )
-            shown.update()
+            shown.update(record[trainer.unit] - shown.n)
             yield record
+
+
+def _part(record: Record) -> str:
+    judged = f": loss {record['end']:.4g}, the start's {record['start']:.4g}" if "gain" in record else ""
+    return f"{record['task']}{judged}"
 
 
 def _loss(record: Record, trainer: Trainable) -> str:

@@ -64,7 +64,7 @@ def test_a_byte_that_changes_is_found_wherever_it_is(tmp_path: Path) -> None:
         records.append(path, {"kind": "run", "losses": [0.5, number]})
     data = path.read_bytes()
     first, second, _ = (place for place, byte in enumerate(data) if byte == ord("\n"))
-    for place in range(first + 1, second):
+    for place in range(first + 1, second + 1):
         for bit in range(8):
             changed = bytearray(data)
             changed[place] ^= 1 << bit
