@@ -41,6 +41,8 @@ class Recipe:
     start: str = ""
     """An entry of the zoo, or the folder of one, with whose weights training begins: a rule of the same settings, made
     to suit other tasks better. "" for weights drawn from the seed."""
+    file: str = ""
+    """Where it was loaded from: below the checkout, or as it was named. The entry that it makes says so."""
     activity: ClassVar[str] = "meta-training"
 
     def trainer(
@@ -78,10 +80,7 @@ class Recipe:
             ValueError: no validation has had a finite score yet, so that there is no best rule.
         """
         if not math.isfinite(trainer.best_score):
-            raise ValueError(
-                f"there is no rule to export: none of the {trainer.update} update(s) so far ended in a validation with "
-                "a finite score"
-            )
+            raise ValueError(f"there is no rule to export yet: {self._before_the_first(trainer.update)}")
         return zoo.save_rule(
             trainer.best_rule(),
             folder,
@@ -89,7 +88,7 @@ class Recipe:
             description=self.description,
             card=card,
             meta_training={
-                "recipe": f"meta_training/{self.name.replace('-', '_')}.py",
+                "recipe": self.file or self.name,
                 "tasks": self.tasks,
                 "settings": self.training.to_dict() | {"copies": trainer.copies},
                 **({"start": self.start, "start_sha256": trainer.origin} if self.start else {}),
@@ -100,6 +99,18 @@ class Recipe:
                 **made,
             },
         )
+
+    def _before_the_first(self, updates: int) -> str:
+        """Why nothing was judged so far, and what to do."""
+        if isinstance(self.training, SearchConfig):
+            return "no generation was finished. The same command goes on from here"
+        first = min(self.training.validate_every, self.training.updates)
+        if updates < first:
+            return (
+                f"the first validation is after update {first}, and this run stands at {updates}. The same command "
+                "goes on from here; a new run with a smaller --training.validate-every has one sooner"
+            )
+        return f"none of the {updates} updates ended in a validation with a finite score"
 
 
 def load_recipe(source: str | os.PathLike[str]) -> Recipe:
@@ -122,7 +133,9 @@ def load_recipe(source: str | os.PathLike[str]) -> Recipe:
     recipe = getattr(module, "RECIPE", None)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{path} must define RECIPE, a learnedopt.meta.Recipe; it defines {type(recipe).__name__}")
-    return recipe
+    checkout = Path(__file__).resolve().parents[2]
+    below = path.resolve().is_relative_to(checkout)
+    return dataclasses.replace(recipe, file=(path.resolve().relative_to(checkout) if below else path).as_posix())
 
 
 def overridden(recipe: Recipe, arguments: Sequence[str]) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +56,9 @@ def bar(records: Iterator[Record], trainer: Trainable) -> Iterator[Record]:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("the progress bar needs tqdm: pip install 'learnedopt[train]'") from error
-    validation, started, steps = f"{trainer.best_score:.4g}", trainer.seconds, 0
+    judged = math.isfinite(trainer.best_score)
+    validation = f"validation {trainer.best_score:.4g}" if judged else "no validation yet"
+    started, steps = trainer.seconds, 0
     with tqdm(total=trainer.total, initial=trainer.done, unit=trainer.unit) as shown:
 
         def part(record: Record) -> None:
@@ -65,12 +68,10 @@ def bar(records: Iterator[Record], trainer: Trainable) -> Iterator[Record]:
         trainer.listeners.append(part)
         for record in records:
             if "validation" in record:
-                validation = f"{record['validation']:.4g}"
+                validation = f"validation {record['validation']:.4g}"
             steps += record.get("steps", 0)
             speed = steps / max(record["seconds"] - started, 1e-9)
-            shown.set_postfix_str(
-                f"{_loss(record, trainer)}, validation {validation}, {speed:.0f} inner steps/s", refresh=False
-            )
+            shown.set_postfix_str(f"{_loss(record, trainer)}, {validation}, {speed:.0f} inner steps/s", refresh=False)
             shown.update(record[trainer.unit] - shown.n)
             yield record
 
