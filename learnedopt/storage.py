@@ -24,8 +24,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from learnedopt.runs import home_of
+
 FORMAT_VERSION = 1
 _TEXTS = ("name", "description", "sha256")
+DEFINED_IN = "defined_in"
+"""The key of ``config.json`` for the modules or files outside the package that define what its settings are of."""
 _FILES = WEIGHTS, CONFIG, CARD = "weights.safetensors", "config.json", "card.md"
 Settings = TypeVar("Settings")
 Load = Callable[[Path], object]
@@ -85,7 +89,8 @@ class EntryKind(Generic[Settings]):
         folder = self._find(name_or_path)
         values = self._config(folder / CONFIG)
         fields = {key: values[key] for key in _TEXTS} | {"path": folder}
-        return fields, self._parsed(self._described(values), folder / CONFIG), values[self.history]
+        settings = self._parsed(self._described(values), folder / CONFIG, values.get(DEFINED_IN))
+        return fields, settings, values[self.history]
 
     def tensors(self, entry: Entry, settings: Settings) -> dict[str, Tensor]:
         """The weights of an entry.
@@ -201,12 +206,23 @@ class EntryKind(Generic[Settings]):
         chosen = {key: values[key] for key in self.settings}
         return chosen if len(chosen) > 1 else chosen[self.settings[0]]
 
-    def _parsed(self, described: Any, file: Path) -> Settings:
+    def _parsed(self, described: Any, file: Path, defined_in: object = None) -> Settings:
         try:
             return self.parse(described)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ZooError(f"{file} describes no {self.thing} that can be built: {why}") from error
+            # Only said, never done: an entry is data, and runs no code.
+            advice = ""
+            if isinstance(defined_in, list) and defined_in:
+                homes = " ".join(f"--import {home}" for home in defined_in)
+                advice = f". It was defined in {', '.join(map(str, defined_in))}: import that first ({homes})"
+            raise ZooError(f"{file} describes no {self.thing} that can be built: {why}{advice}") from error
+
+
+def defined_in(*classes: type) -> dict[str, list[str]]:
+    """What an entry says of where these are from: nothing, if all are of the package."""
+    homes = sorted({home for each in classes if (home := home_of(each)) is not None})
+    return {DEFINED_IN: homes} if homes else {}
 
 
 def check_about(name: str, description: str) -> None:

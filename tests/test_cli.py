@@ -389,3 +389,47 @@ def test_the_demo_survives_a_run_that_diverges(own_zoo: Path, elsewhere: Path) -
 def test_zoo_show_counts_the_matrices_of_rules_with_bases(capsys: Captured) -> None:
     assert main(["zoo", "show", "default"]) == 0
     assert "16 bytes per parameter in float32, and 16 more in matrices that are square" in capsys.readouterr().out
+
+
+OWN_KIND = """
+from dataclasses import dataclass
+from typing import ClassVar
+from learnedopt.rules import RULES, LSTMConfig, LSTMRule
+
+@dataclass(frozen=True)
+class TinyConfig(LSTMConfig):
+    kind: ClassVar[str] = "tiny-own-kind"
+
+class TinyRule(LSTMRule):
+    config_class = TinyConfig
+
+RULES["tiny-own-kind"] = TinyRule
+"""
+
+
+def test_a_rule_of_ones_own_kind_is_known_after_an_import(elsewhere: Path) -> None:
+    """In processes of their own: what was imported once stays known."""
+    (elsewhere / "own_kind.py").write_text(OWN_KIND)
+    save = """
+from learnedopt.zoo import save_rule
+for rule, name in ((build(), "one"),):
+    save_rule(rule, "entries/" + name, name=name, description="Mine.", card="# Mine", meta_training={})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+    build = "from own_kind import TinyRule, TinyConfig\nbuild = lambda: TinyRule(TinyConfig(hidden_size=2))\n"
+    made = python("-c", "import sys; sys.path.append('.')\n" + build + save)
+    assert made.returncode == 0, made.stderr
+    show = ["-m", "learnedopt", "zoo", "show", "./entries/one"]
+    unknown = python(*show)
+    assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1
+    assert "'tiny-own-kind'" in unknown.stderr
+    assert "It was defined in own_kind: import that first (--import own_kind)" in unknown.stderr
+    for known in (["--import", "own_kind.py"], ["--import=own_kind"]):
+        shown = python(*show, *known)
+        assert shown.returncode == 0 and "kind=tiny-own-kind" in shown.stdout, shown.stderr
+    missing = python(*show, "--import", "other.py")
+    assert missing.returncode == 2 and "there is no Python file 'other.py' to import" in missing.stderr

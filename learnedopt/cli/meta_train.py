@@ -57,13 +57,7 @@ def meta_train(arguments: argparse.Namespace) -> int:
                 f"backend{together}",
                 flush=True,
             )
-        again = [
-            "learnedopt",
-            *(("zoo", "train") if of_zoo else ("meta-train",)),
-            arguments.recipe,
-            "--out",
-            str(folder),
-        ]
+        again = ["learnedopt", *command, arguments.recipe, "--out", str(folder)]
         if arguments.root is not None:
             again += ["--root", str(arguments.root)]
         if arguments.device != "cpu":

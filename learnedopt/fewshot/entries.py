@@ -17,7 +17,7 @@ from learnedopt.fewshot.config import Config
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
 from learnedopt.fewshot.learners import LEARNERS
 from learnedopt.fewshot.normalization import Normalization
-from learnedopt.storage import WEIGHTS, Entry, EntryKind, ZooError, check_tensors
+from learnedopt.storage import WEIGHTS, Entry, EntryKind, ZooError, check_tensors, defined_in
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def save_learner(
         "backbone": backbone.to_dict(),
         "shape": dataclasses.asdict(learner.shape),
         "training": dict(training or {}),
+        **defined_in(type(learner), type(learner.config), type(backbone)),
     }
     card = f"# {name}\n\n{description}\n" if card is None else card
     _LEARNERS.write(Path(folder), values, learner.state_dict(), card, load_learner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from learnedopt.meta.trainer import MetaTrainer
 from learnedopt.rules import RuleConfig, UpdateRule
 from learnedopt.runs import load_file
 from learnedopt.tasks.base import TaskFamily
+
+_CHOICE = re.compile(r"(rule|training)(\.[\w-]+)*:[\w-]+")
+"""On the command line, which of several classes is to stand somewhere."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def overridden(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
 
     Every setting of ``rule`` and ``training`` has an option, nested ones with more dots. Where one of several classes
     may stand, it is named with a colon, before its own settings:
-    ``["training.estimator:pes", "--training.estimator.std", "0.02"]``.
+    ``["training.estimator:pes", "--training.estimator.std", "0.02"]``. The order is free.
 
     Raises:
         SystemExit: an option is unknown, or its value is of the wrong type; a message went to stderr. With
@@ -159,11 +163,15 @@ def overridden(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
     settings = dataclasses.make_dataclass(
         "Settings", [("rule", type(recipe.rule)), ("training", type(recipe.training))]
     )
+    # An option may only follow the choice of the class that it is of, and an inner choice that of the outer.
+    choices = sorted(filter(_CHOICE.fullmatch, arguments), key=lambda choice: choice.count("."))
+    options = [argument for argument in arguments if not _CHOICE.fullmatch(argument)]
     chosen: Any = tyro.cli(
         settings,
         prog=f"learnedopt meta-train {recipe.name}",
         description=f"Settings of the recipe {recipe.name}.",
-        args=list(arguments),
+        args=[*choices, *options],
         default=settings(recipe.rule, recipe.training),
+        config=(tyro.conf.CascadeSubcommandArgs,),
     )
     return dataclasses.replace(recipe, rule=chosen.rule, training=chosen.training)
