@@ -49,6 +49,10 @@ class Recipe:
     """Where it was loaded from: below the checkout, or as it was named. The entry that it makes says so."""
     activity: ClassVar[str] = "meta-training"
 
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+
     def trainer(
         self, root: Path | None = None, device: torch.device | str = "cpu", state: dict[str, Any] | None = None
     ) -> MetaTrainer | Search:

@@ -306,3 +306,8 @@ def test_other_commands_take_no_settings(capsys: Captured) -> None:
         main(["zoo", "list", "--training.updates", "3"])
     assert raised.value.code == 2
     assert "unrecognized arguments: --training.updates 3" in capsys.readouterr().err
+
+
+def test_checkpoints_are_a_number_of_updates_apart() -> None:
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        replace(TINY, checkpoint_every=0)
