@@ -346,8 +346,11 @@ def test_the_demo_prints_a_table_per_network_and_draws_the_curves(
     own_zoo: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setattr(demos, "Demo", lambda: SMALL)
+    monkeypatch.setattr("learnedopt.runs.progress._EVERY", 0.0)
     assert main(["demo", "--out", "curves.png"]) == 0
-    output = capsys.readouterr().out
+    output, progress = capsys.readouterr()
+    shares = [int(share) for share in re.findall(r"^(\d+) %, \d+ s left$", progress, re.MULTILINE)]
+    assert len(shares) == demo.count(SMALL) - 1 and shares == sorted(shares)
     for title in ("sigmoid network 64-4-10", "relu network 64-4-4-10"):
         assert title in output
     for label in ("LearnedOptimizer, untuned", "Andrychowicz LSTM (mnist-mlp)", "Adam, default (lr 0.001)"):

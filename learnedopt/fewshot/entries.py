@@ -65,6 +65,13 @@ def load_learner(name_or_path: str | os.PathLike[str], normalization: Normalizat
     """
     entry = learner_info(name_or_path)
     tensors = _LEARNERS.tensors(entry, (entry.learner, entry.backbone, entry.shape))
+    try:
+        with torch.device("meta"):
+            shapes = entry.learner.build(entry.backbone, entry.shape).state_dict()
+    except (RuntimeError, NotImplementedError):  # a backbone of one's own may need values to be built
+        shapes = None
+    if shapes is not None:  # before memory is taken for what the weights do not fit
+        check_tensors(shapes, tensors, entry.path / WEIGHTS)
     learner = entry.learner.build(entry.backbone, entry.shape, torch.Generator().manual_seed(0))
     check_tensors(learner.state_dict(), tensors, entry.path / WEIGHTS)
     learner.load_state_dict(tensors)

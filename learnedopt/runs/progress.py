@@ -85,6 +85,28 @@ def _loss(record: Record, trainer: Trainable) -> str:
     return f"{trainer.loss.replace('_', '-')} {record[trainer.loss]:.4g}"
 
 
+class Countdown:
+    """Says what share of so much work is done, and how many seconds are left, at most every :data:`_EVERY` seconds.
+
+    Args:
+        total: How much there is to do, in any unit.
+        say: Is given a line.
+    """
+
+    def __init__(self, total: float, say: Callable[[str], None]) -> None:
+        self._total, self._say, self._done = total, say, 0.0
+        self._started = self._shown = time.monotonic()
+
+    def advance(self, work: float = 1.0) -> None:
+        """So much more is done."""
+        self._done += work
+        now = time.monotonic()
+        if now - self._shown >= _EVERY and self._done < self._total:
+            left = (now - self._started) * (self._total - self._done) / self._done
+            self._say(f"{100 * self._done / self._total:.0f} %, {left:.0f} s left")
+            self._shown = now
+
+
 @contextmanager
 def polite_signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM are noted, for the caller to stop between two updates; a second one acts as usual."""
