@@ -92,10 +92,8 @@ class Search(RuleTrainer[SearchConfig]):
         self._settings: NDArray[np.float64] | None
         """What the generation at work tries, once it was asked for."""
         self._gains: dict[int, NDArray[np.float64]]
-        """Of the tasks that were judged in it, of all processes."""
         self._trials: dict[int, Trial]
-        self._saved: dict[int, dict[str, Any]]
-        """Trials that were saved at work and have not gone on yet."""
+        self._saved: dict[int, dict[str, Any]]  # of trials that have not gone on yet
         self._restart()
 
     @property
@@ -182,16 +180,13 @@ class Search(RuleTrainer[SearchConfig]):
         self._search = _strategy(self.config)
         self._scores = []
         self.update = 0
-        self._next_generation()
-
-    def _next_generation(self) -> None:
         self._settings, self._gains, self._trials, self._saved = None, {}, {}, {}
 
     def _tell(self, settings: NDArray[np.float64], scores: list[float]) -> None:
         self._search.tell(list(settings), [-score for score in scores])
         self._scores.append(scores)
         self.update = len(self._scores)
-        self._next_generation()
+        self._settings, self._gains, self._trials, self._saved = None, {}, {}, {}
 
     def _weights(self, changes: NDArray[np.float64]) -> Tensor:
         """All meta-parameters of each setting, ``(settings, P)``, for changes of the coordinates."""
@@ -206,7 +201,10 @@ class Search(RuleTrainer[SearchConfig]):
             if index in self._gains:
                 continue
             if (trial := self._trials.get(index)) is None:
-                trial = self._trials[index] = self._trial(index, weights)
+                family, seed = self.family.families[index], _seed(self.config, self.update, index)
+                saved = self._saved.pop(index, None)
+                trial = Trial(self.rule, family, weights, self.config.copies, seed, saved)
+                self._trials[index] = trial
             while trial.done < self.config.horizon:
                 trial.step()
                 if time.perf_counter() > until:
@@ -235,10 +233,9 @@ class Search(RuleTrainer[SearchConfig]):
         task = type(self.family.families[index]).__name__
         self.tell({"update": self.update + 1, "part": part, "task": task, **judged, "seconds": self.seconds})
 
-    def _trial(self, index: int, weights: Tensor) -> Trial:
-        words = np.random.SeedSequence((self.config.seed, self.update, index)).generate_state(1, np.uint64)
-        family, saved = self.family.families[index], self._saved.pop(index, None)
-        return Trial(self.rule, family, weights, self.config.copies, int(words[0]), saved)
+
+def _seed(config: SearchConfig, update: int, index: int) -> int:
+    return int(np.random.SeedSequence((config.seed, update, index)).generate_state(1, np.uint64)[0])
 
 
 def _strategy(config: SearchConfig) -> Any:
