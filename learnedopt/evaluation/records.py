@@ -64,7 +64,7 @@ def read(path: Path) -> list[Record]:
 
     Lines that version 0.1 wrote have no checksum, and are taken as they are.
 
-    Raises ``FileNotFoundError`` if there is no such file, and ``ValueError`` if a whole line is not a record or was
+    Raises ``FileNotFoundError`` if there is no such file, ``ValueError`` if a whole line is not a record, or was
     changed after it was written.
     """
     records = []
