@@ -106,11 +106,11 @@ def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
         for index, pair in enumerate(zip(ours, theirs)):
             assert_alike(*pair, f"{where}/{index}")
     elif isinstance(theirs, Tensor) and theirs.is_floating_point():
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text: f"{where}: {text}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text: f"{where}: {text}")
     elif isinstance(theirs, Tensor):
         assert torch.equal(ours, theirs), where
     elif isinstance(theirs, float):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), where
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), where
     else:
         assert ours == theirs, where
 
@@ -124,7 +124,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def as_now(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a trainer, from a checkpoint of then or of now."""
     trainer = modern_training(state.get("trainer", state))
-    trainer.pop("commit", None)
+    for name in ("commit", "gains", "trials"):  # what is kept since of a run, and within a generation of a search
+        trainer.pop(name, None)
     if "config" in trainer:
         trainer["config"] = from_flat(trainer["config"])
     return trainer

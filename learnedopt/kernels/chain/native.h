@@ -197,35 +197,63 @@ class Step {
     return moves;
   }
 
-  float normalized(float g, float& square, const Moves& moves) const {
-    if (moves.floor > 0) {
-      const float large = g * g, least = large + moves.floor;
-      g *= large / (least < TINY ? TINY : least);
-    }
-    square = float(s.square_decay) * square + float(1 - s.square_decay) * (g * g + moves.floor);
-    const float mean = square * moves.correction;
-    return g / (std::sqrt(mean < TINY ? TINY : mean) + float(s.eps));
+  // What loops over coordinates read, in one place that nothing they write can be.
+  struct Numbers {
+    float square_decay, square_rest, floor, correction, eps, threshold, from_offset, from_direction, step, kept, lr, decay;
+  };
+
+  Numbers numbers(const Moves& m) const {
+    return {float(s.square_decay), float(1 - s.square_decay), m.floor, m.correction, float(s.eps), m.threshold,
+            m.from_offset, m.from_direction, m.step, m.kept, float(lr), float(decay)};
   }
 
-  void move(float& param, float& offset, float direction, const Moves& moves) const {
-    const float delta = moves.from_offset * offset - moves.from_direction * direction;
-    offset = moves.kept * (offset - moves.step * direction);
-    param = param * float(decay) + float(lr) * delta;
+  template <bool FLOOR>
+  static float normalized(float g, float& square, const Numbers& m) {
+    if (FLOOR) {
+      const float large = g * g, least = large + m.floor;
+      g *= large / (least < TINY ? TINY : least);
+    }
+    square = m.square_decay * square + m.square_rest * (g * g + m.floor);
+    const float mean = square * m.correction;
+    return g / (std::sqrt(mean < TINY ? TINY : mean) + m.eps);
+  }
+
+  static void move(float& param, float& offset, float direction, const Numbers& m) {
+    const float delta = m.from_offset * offset - m.from_direction * direction;
+    offset = m.kept * (offset - m.step * direction);
+    param = param * m.decay + m.lr * delta;
   }
 
   void move_plain(const Item& item, const Moves& moves, int64_t begin, int64_t end) const {
+    moves.floor > 0 ? move_plain<true>(item, numbers(moves), begin, end)
+                    : move_plain<false>(item, numbers(moves), begin, end);
+  }
+
+  template <bool FLOOR>
+  static void move_plain(const Item& item, const Numbers m, int64_t begin, int64_t end) {
     float *__restrict param = item.param, *__restrict offset = item.offset, *__restrict square = item.square;
     const float* __restrict grad = item.grad;
-    if (lr == 0) {
-      for (int64_t i = begin; i < end; ++i) normalized(grad[i], square[i], moves);
+    if (m.lr == 0) {
+      for (int64_t i = begin; i < end; ++i) normalized<FLOOR>(grad[i], square[i], m);
       return;
     }
 #pragma GCC ivdep
-    for (int64_t i = begin; i < end; ++i) move(param[i], offset[i], normalized(grad[i], square[i], moves), moves);
+    for (int64_t i = begin; i < end; ++i) {
+      float p = param[i], o = offset[i], v = square[i];
+      move(p, o, normalized<FLOOR>(grad[i], v, m), m);
+      param[i] = p;
+      offset[i] = o;
+      square[i] = v;
+    }
   }
 
+  // Of a tensor that has had no gradient yet.
   void decay_square(const Item& item, const Moves& moves, int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; ++i) move(item.param[i], item.offset[i], normalized(0.0f, item.square[i], moves), moves);
+    const Numbers m = numbers(moves);
+    for (int64_t i = begin; i < end; ++i) {
+      const float direction = normalized<false>(0.0f, item.square[i], m);
+      if (m.lr != 0) move(item.param[i], item.offset[i], direction, m);
+    }
   }
 
   // Lets bases follow a gradient; false if there has been none.
@@ -371,18 +399,31 @@ class Step {
     }
   }
 
-  void normalize(float* __restrict x, float* __restrict square, int n, const Moves& moves) const {
+  void normalize(float* x, float* square, int n, const Moves& moves) const {
+    moves.floor > 0 ? normalize<true>(x, square, n, numbers(moves)) : normalize<false>(x, square, n, numbers(moves));
+  }
+
+  template <bool FLOOR>
+  static void normalize(float* __restrict x, float* __restrict square, int n, const Numbers m) {
 #pragma GCC ivdep
     for (int i = 0; i < n; ++i) {
-      const float g = std::fabs(x[i]) <= moves.threshold ? 0.0f : x[i];
-      x[i] = normalized(g, square[i], moves);
+      float v = square[i];
+      const float g = std::fabs(x[i]) <= m.threshold ? 0.0f : x[i];
+      x[i] = normalized<FLOOR>(g, v, m);
+      square[i] = v;
     }
   }
 
   void move_row(const Item& item, const Moves& moves, int64_t first, const float* __restrict directions, int n) const {
     float *__restrict param = item.param + first, *__restrict offset = item.offset + first;
+    const Numbers m = numbers(moves);
 #pragma GCC ivdep
-    for (int i = 0; i < n; ++i) move(param[i], offset[i], directions[i], moves);
+    for (int i = 0; i < n; ++i) {
+      float p = param[i], o = offset[i];
+      move(p, o, directions[i], m);
+      param[i] = p;
+      offset[i] = o;
+    }
   }
 
   Settings s;
