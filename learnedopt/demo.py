@@ -107,8 +107,20 @@ def train(demo: Demo, model: nn.Module, optimizer: torch.optim.Optimizer, data: 
     return Run(tuple(steps), tuple(losses), test_loss, accuracy, seconds / demo.steps)
 
 
-def compare(demo: Demo, activation: str, widths: Sequence[int]) -> Panel:
+def count(demo: Demo) -> int:
+    """How many times a network is trained."""
+    tuning = (len(demo.adam_rates) + len(demo.sgd_rates)) * len(demo.tuning_seeds)
+    contenders = 4 + ("mnist-mlp" in zoo.list_entries())
+    return len(demo.networks) * (tuning + contenders * len(demo.seeds))
+
+
+def compare(demo: Demo, activation: str, widths: Sequence[int], trained: Callable[[], object] = lambda: None) -> Panel:
     """Train one network with every optimizer, after tuning Adam and SGD on seeds of their own.
+
+    Args:
+        demo: How.
+        activation, widths: Of the network.
+        trained: Called each time one has been trained.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -118,7 +130,11 @@ def compare(demo: Demo, activation: str, widths: Sequence[int]) -> Panel:
 
     def runs(make: MakeOptimizer, seeds: Sequence[int]) -> tuple[Run, ...]:
         models = [build_network(activation, widths, seed) for seed in seeds]
-        return tuple(train(demo, model, make(model.parameters()), data, seed) for model, seed in zip(models, seeds))
+        found = []
+        for model, seed in zip(models, seeds):
+            found.append(train(demo, model, make(model.parameters()), data, seed))
+            trained()
+        return tuple(found)
 
     def tuned(make: Callable[[float], MakeOptimizer], rates: Sequence[float]) -> float:
         return min(rates, key=lambda rate: _median(run.losses[-1] for run in runs(make(rate), demo.tuning_seeds)))

@@ -22,11 +22,17 @@ from typing import Any, Generic, TypeVar
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
+
+from learnedopt.runs import home_of
 
 FORMAT_VERSION = 1
 _TEXTS = ("name", "description", "sha256")
+DEFINED_IN = "defined_in"
+"""The key of ``config.json`` for the modules or files outside the package that define what its settings are of."""
 _FILES = WEIGHTS, CONFIG, CARD = "weights.safetensors", "config.json", "card.md"
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 Settings = TypeVar("Settings")
 Load = Callable[[Path], object]
 
@@ -50,7 +56,10 @@ class Entry:
     @property
     def card(self) -> str:
         """The text of ``card.md``."""
-        return _read(self.path / CARD).decode()
+        try:
+            return _read(self.path / CARD).decode()
+        except UnicodeDecodeError as error:
+            raise ZooError(f"{self.path / CARD} is not UTF-8 text: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,8 @@ class EntryKind(Generic[Settings]):
         folder = self._find(name_or_path)
         values = self._config(folder / CONFIG)
         fields = {key: values[key] for key in _TEXTS} | {"path": folder}
-        return fields, self._parsed(self._described(values), folder / CONFIG), values[self.history]
+        settings = self._parsed(self._described(values), folder / CONFIG, values.get(DEFINED_IN))
+        return fields, settings, values[self.history]
 
     def tensors(self, entry: Entry, settings: Settings) -> dict[str, Tensor]:
         """The weights of an entry.
@@ -104,9 +114,9 @@ class EntryKind(Generic[Settings]):
         try:
             tensors = safetensors.torch.load(data)
             # The header: an eight-byte length, then JSON.
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            described = dict(json.loads(header["__metadata__"][self.thing]))
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            header = _json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            described = dict(_json(header["__metadata__"][self.thing]))
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ZooError(f"{file} is not a weight file written by learnedopt ({error!r})") from error
         if (trained := self._parsed(described, file)) != settings:
             raise ZooError(
@@ -156,15 +166,23 @@ class EntryKind(Generic[Settings]):
             # A folder can be renamed only onto nothing: an old entry steps aside; its files go with the scratch folder.
             if folder.exists():
                 os.replace(folder, replaced)
-            os.replace(written, folder)
+            try:
+                os.replace(written, folder)
+            except OSError:
+                if replaced.exists():
+                    os.replace(replaced, folder)
+                raise
 
     def _find(self, name_or_path: str | os.PathLike[str]) -> Path:
         name, known, (one, several) = os.fspath(name_or_path), self.names(), self.called
         is_folder = not isinstance(name_or_path, str) or os.sep in name or "/" in name
         if not is_folder and (found := name if name in known else self.aliases.get(name)) in known:
             return self.folder() / found
-        if Path(name).is_dir():
-            return Path(name)
+        try:
+            if Path(name).is_dir():
+                return Path(name)
+        except OSError as error:  # a name that no file can have
+            raise ZooError(f"there is no entry or folder {name[:60]!r}...: {error.strerror}") from error
         if is_folder:
             raise ZooError(f"there is no folder {name!r}")
         close = difflib.get_close_matches(name, [*known, *self.aliases], n=1)
@@ -177,12 +195,14 @@ class EntryKind(Generic[Settings]):
         """What ``config.json`` says, checked to have all keys with values of the right types."""
         text = _read(file)
         try:
-            values = json.loads(text)
+            values = _json(text)
         except ValueError as error:
             raise ZooError(f"{file} is not valid JSON ({error})") from error
-        if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
+        if not isinstance(values, dict) or type(values.get("format_version")) is not int:
             advice = "; it is of a run: export that first" if (file.parent / "checkpoint.pt").exists() else ""
             raise ZooError(f"{file} does not describe a zoo entry: it has no integer 'format_version'{advice}")
+        if values["format_version"] < 1:
+            raise ZooError(f"{file} has format version {values['format_version']}, and the first one is 1: restore it")
         if values["format_version"] > FORMAT_VERSION:
             raise ZooError(
                 f"{file} has format version {values['format_version']}, and this version of learnedopt reads up to "
@@ -201,12 +221,23 @@ class EntryKind(Generic[Settings]):
         chosen = {key: values[key] for key in self.settings}
         return chosen if len(chosen) > 1 else chosen[self.settings[0]]
 
-    def _parsed(self, described: Any, file: Path) -> Settings:
+    def _parsed(self, described: Any, file: Path, defined_in: object = None) -> Settings:
         try:
             return self.parse(described)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
             why = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ZooError(f"{file} describes no {self.thing} that can be built: {why}") from error
+            # Only said, never done: an entry is data, and runs no code.
+            advice = ""
+            if isinstance(defined_in, list) and defined_in:
+                homes = " ".join(f"--import {home}" for home in defined_in)
+                advice = f". It was defined in {', '.join(map(str, defined_in))}: import that first ({homes})"
+            raise ZooError(f"{file} describes no {self.thing} that can be built: {why}{advice}") from error
+
+
+def defined_in(*classes: type) -> dict[str, list[str]]:
+    """What an entry says of where these are from: nothing, if all are of the package."""
+    homes = sorted({home for each in classes if (home := home_of(each)) is not None})
+    return {DEFINED_IN: homes} if homes else {}
 
 
 def check_about(name: str, description: str) -> None:
@@ -229,10 +260,29 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], f
     for key in sorted(expected.keys() & found.keys()):
         if expected[key].shape != found[key].shape:
             problems.append(f"{key!r} has shape {tuple(found[key].shape)}, not {tuple(expected[key].shape)}")
+        allowed = _FLOATS if expected[key].dtype in _FLOATS else {expected[key].dtype}
+        if found[key].dtype not in allowed:
+            problems.append(f"{key!r} is {found[key].dtype}, not {expected[key].dtype}")
     if problems:
         raise ZooError(f"{file} does not match its configuration: {'; '.join(problems)}")
     if broken := _not_finite(found):
         raise ZooError(f"{file} holds values that are not finite, in {broken}")
+
+
+def _json(text: bytes | str) -> Any:
+    """What a JSON text says. Raises ``ValueError`` where it is none, is nested too deep, or has a key twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+            raise ValueError(f"the key {twice!r} is there twice")
+        return values
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from learnedopt.rules import RuleConfig, UpdateRule, build_rule
 from learnedopt.rules.legacy import former, modern_config, modern_weights
-from learnedopt.storage import WEIGHTS, Entry, EntryKind, check_tensors
+from learnedopt.storage import WEIGHTS, Entry, EntryKind, check_tensors, defined_in
 from learnedopt.storage import ZooError as ZooError
 
 
@@ -110,7 +110,7 @@ def save_rule(
     """
     tensors = {key: tensor.float() for key, tensor in rule.state_dict().items()}
     about = {"name": name, "description": description}
-    values = {**about, "rule": rule.config.to_dict(), "meta_training": dict(meta_training)}
+    values = {**about, "rule": rule.config.to_dict(), "meta_training": dict(meta_training), **defined_in(type(rule))}
     _RULES.write(Path(folder), values, tensors, card, load_rule)
     return entry_info(Path(folder))
 

@@ -19,7 +19,7 @@ RECIPE = Recipe(
     tasks=_FORMER.tasks,
     rule=ChainConfig(
         first=InEigenbasesConfig(
-            NormalizedGradientConfig(square_decay=0.99, relative_eps=0.02), blocks=True, threshold=0.0
+            NormalizedGradientConfig(square_decay=0.99, relative_eps=0.01), blocks=True, threshold=0.0
         ),
         then=LawsConfig(),
     ),

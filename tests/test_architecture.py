@@ -223,4 +223,4 @@ def test_a_step_of_the_default_goes_the_way_that_the_walk_tells() -> None:
             finally:
                 sys.setprofile(None)
     walked = {files(name) for names in walks("The walk of a gradient") for name in names}
-    assert walked | {"rules/schedule_free.py"} <= found
+    assert walked | {"rules/laws.py"} <= found

@@ -17,6 +17,8 @@ from learnedopt import demo, zoo
 from learnedopt.cli import demos, main
 from learnedopt.data import digits
 from learnedopt.fewshot import learner_info, list_learners
+from learnedopt.meta import load_recipe
+from learnedopt.optim import LearnedOptimizer
 from learnedopt.rules import AdamLSTMConfig, AdamLSTMRule, LSTMConfig, LSTMRule
 from learnedopt.zoo import list_entries, load_rule, rule_fingerprint
 
@@ -139,6 +141,7 @@ def test_zoo_show_tells_what_is_known_of_a_shipped_entry(name: str, capsys: Capt
     assert main(["zoo", "show", name]) == 0
     entry, output = zoo.entry_info(name), capsys.readouterr().out
     assert entry.sha256 in output
+    assert LearnedOptimizer([torch.zeros(1, requires_grad=True)], rule=name).param_groups[0]["rule_sha256"] in output
     assert entry.card.strip() in output
     assert all(f"{key}={value}" in output for key, value in entry.config.to_dict().items())
 
@@ -227,7 +230,11 @@ def test_an_entry_of_the_zoo_is_trained_again_in_several_sittings(
     assert main([*again, "--resume"]) == 2
     assert "there is no run to resume" in capsys.readouterr().err
     assert main(again) == 0
-    assert "stopped at update 1, all of it saved" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "stopped at update 1, all of it saved" in output
+    folder = elsewhere / "run"
+    told = f"continue with: learnedopt zoo train quadratic --out {folder} --resume --training.copies 2"
+    assert told in output and "meta-train" not in output
     assert main(again) == 2
     assert "holds a run already: go on with it by --resume" in capsys.readouterr().err
     assert main([*again, "--resume"]) == 0
@@ -256,7 +263,30 @@ def test_a_rule_that_was_never_validated_is_not_exported(elsewhere: Path, capsys
     assert main(["meta-train", recipe, "--time-limit", "0", "--export", "zoo"]) == 2
     captured = capsys.readouterr()
     assert "stopped at update 1" in captured.out
-    assert captured.err.startswith("error: there is no rule to export")
+    assert captured.err.startswith(
+        "error: there is no rule to export yet: the first validation is after update 3, and this run stands at 1. The "
+        "same command goes on"
+    )
+
+
+@pytest.mark.parametrize("name", list_entries())
+def test_the_recipe_that_an_entry_names_exists(name: str) -> None:
+    assert (ROOT / zoo.entry_info(name).meta_training["recipe"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [("mine/tiny.py", "mine/tiny.py"), (ROOT / "meta_training/trials/default_pes.py", None)],
+    ids=["own", "trial"],
+)
+def test_an_entry_names_the_recipe_that_made_it(elsewhere: Path, recipe: Path | str, told: str | None) -> None:
+    (elsewhere / "mine").mkdir()
+    write_recipe(elsewhere / "mine")
+    found = load_recipe(recipe)
+    assert found.file == (told or "meta_training/trials/default_pes.py")
+    if told:
+        assert main(["meta-train", str(recipe), "--export", "zoo"]) == 0
+        assert zoo.entry_info("zoo/tiny").meta_training["recipe"] == told
 
 
 def test_a_name_that_no_entry_can_have_is_refused_before_training(elsewhere: Path, capsys: Captured) -> None:
@@ -316,8 +346,11 @@ def test_the_demo_prints_a_table_per_network_and_draws_the_curves(
     own_zoo: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setattr(demos, "Demo", lambda: SMALL)
+    monkeypatch.setattr("learnedopt.runs.progress._EVERY", 0.0)
     assert main(["demo", "--out", "curves.png"]) == 0
-    output = capsys.readouterr().out
+    output, progress = capsys.readouterr()
+    shares = [int(share) for share in re.findall(r"^(\d+) %, \d+ s left$", progress, re.MULTILINE)]
+    assert len(shares) == demo.count(SMALL) - 1 and shares == sorted(shares)
     for title in ("sigmoid network 64-4-10", "relu network 64-4-4-10"):
         assert title in output
     for label in ("LearnedOptimizer, untuned", "Andrychowicz LSTM (mnist-mlp)", "Adam, default (lr 0.001)"):
@@ -359,3 +392,47 @@ def test_the_demo_survives_a_run_that_diverges(own_zoo: Path, elsewhere: Path) -
 def test_zoo_show_counts_the_matrices_of_rules_with_bases(capsys: Captured) -> None:
     assert main(["zoo", "show", "default"]) == 0
     assert "16 bytes per parameter in float32, and 16 more in matrices that are square" in capsys.readouterr().out
+
+
+OWN_KIND = """
+from dataclasses import dataclass
+from typing import ClassVar
+from learnedopt.rules import RULES, LSTMConfig, LSTMRule
+
+@dataclass(frozen=True)
+class TinyConfig(LSTMConfig):
+    kind: ClassVar[str] = "tiny-own-kind"
+
+class TinyRule(LSTMRule):
+    config_class = TinyConfig
+
+RULES["tiny-own-kind"] = TinyRule
+"""
+
+
+def test_a_rule_of_ones_own_kind_is_known_after_an_import(elsewhere: Path) -> None:
+    """In processes of their own: what was imported once stays known."""
+    (elsewhere / "own_kind.py").write_text(OWN_KIND)
+    save = """
+from learnedopt.zoo import save_rule
+for rule, name in ((build(), "one"),):
+    save_rule(rule, "entries/" + name, name=name, description="Mine.", card="# Mine", meta_training={})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+    build = "from own_kind import TinyRule, TinyConfig\nbuild = lambda: TinyRule(TinyConfig(hidden_size=2))\n"
+    made = python("-c", "import sys; sys.path.append('.')\n" + build + save)
+    assert made.returncode == 0, made.stderr
+    show = ["-m", "learnedopt", "zoo", "show", "./entries/one"]
+    unknown = python(*show)
+    assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1
+    assert "'tiny-own-kind'" in unknown.stderr
+    assert "It was defined in own_kind: import that first (--import own_kind)" in unknown.stderr
+    for known in (["--import", "own_kind.py"], ["--import=own_kind"]):
+        shown = python(*show, *known)
+        assert shown.returncode == 0 and "kind=tiny-own-kind" in shown.stdout, shown.stderr
+    missing = python(*show, "--import", "other.py")
+    assert missing.returncode == 2 and "there is no Python file 'other.py' to import" in missing.stderr

@@ -27,8 +27,12 @@ def too_large(name: str, source: str) -> Iterator[str]:
             if any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list):
                 continue
             arguments = node.args
+            # Options by name that have a default are for those who want them: they are counted apart.
+            defaults = zip(arguments.kwonlyargs, arguments.kw_defaults)
+            options = [one for one, default in defaults if default is not None]
             every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-            large = sum(one is not None and one.arg not in ("self", "cls") for one in every) > PARAMETERS
+            needed = [one for one in every if one is not None and one not in options and one.arg not in ("self", "cls")]
+            large = max(len(needed), len(options)) > PARAMETERS
         else:
             continue
         if large:
@@ -49,6 +53,8 @@ def test_nothing_is_too_large() -> None:
         ("class A:\n" + "    x = 1\n" * 200, ["new.py: A"]),
         ("def f(a, b, c, /, d, *, e, f, g, h): ...\n", []),
         ("def f(a, b, c, /, d, *e, f, g, h, **i): ...\n", ["new.py: f"]),
+        ("def f(a, b, c, d, *, e=1, f=1, g=1, h=1, i=1, j=1, k=1, l=1): ...\n", []),
+        ("def f(a, *, e=1, f=1, g=1, h=1, i=1, j=1, k=1, l=1, m=1): ...\n", ["new.py: f"]),
         ("class A:\n    def f(self, a, b, c, d, e, f, g, h): ...\n", []),
         ("class A:\n    async def f(self, a, b, c, d, e, f, g, h, i): ...\n", ["new.py: f"]),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -395,3 +396,71 @@ def test_every_entry_of_the_zoo_is_as_good_as_when_it_was_made(name: str, genera
         losses, _ = unroll(rule, episode, 100, generator)
     # Rounding differs among machines, and grows on the way.
     assert losses[-10:].mean(0).log().mean().exp().item() == pytest.approx(recorded, rel=0.2)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda text: text.replace('"rule": {', '"rule": ' + DEEP + ', "other": {'), "nested too deep"),
+        (lambda text: text.replace('"name":', '"name": "other", "name":'), "the key 'name' is there twice"),
+        (lambda text: text.replace('"format_version": 1', '"format_version": true'), "no integer 'format_version'"),
+        (lambda text: text.replace('"format_version": 1', '"format_version": 0'), "the first one is 1"),
+        (lambda text: text.replace('"hidden_size": 3', '"hidden_size": "3"'), "'hidden_size' must be of the type int"),
+        (lambda text: text.replace('"hidden_size": 3', '"hidden_size": true'), "'hidden_size' must be of the type int"),
+        (
+            lambda text: text.replace('"output_scale": 0.3', '"output_scale": null'),
+            "'output_scale' must be of the type",
+        ),
+    ],
+    ids=["deep", "twice", "boolean", "zero", "text", "true", "null"],
+)
+def test_what_is_odd_in_a_configuration_is_said(entry: ZooEntry, change: Any, problem: str) -> None:
+    file = entry.path / "config.json"
+    text = file.read_text()
+    file.write_text(change(text))
+    assert file.read_text() != text
+    with pytest.raises(ZooError, match=problem):
+        load_rule(entry.path)
+
+
+def test_a_card_that_is_not_text_is_said(entry: ZooEntry) -> None:
+    (entry.path / "card.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(ZooError, match=r"card.md is not UTF-8 text"):
+        _ = entry.card
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.complex64], ids=str)
+def test_weights_of_other_types_are_said(entry: ZooEntry, dtype: torch.dtype) -> None:
+    data = (entry.path / "weights.safetensors").read_bytes()
+    tensors = {name: torch.zeros(value.shape, dtype=dtype) for name, value in safetensors.torch.load(data).items()}
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    replace_weights(entry.path, safetensors.torch.save(tensors, header["__metadata__"]))
+    with pytest.raises(ZooError, match=rf"is {dtype}, not torch.float32"):
+        load_rule(entry.path)
+
+
+def test_names_that_no_file_can_have_and_links_in_a_circle_are_said(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="File name too long"):
+        entry_info("x" * 5000)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(ZooError, match="there is no folder"):
+        entry_info(tmp_path / "circle")
+
+
+def test_an_entry_comes_back_where_another_cannot_take_its_place(
+    entry: ZooEntry, rule: UpdateRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def fails(source: Any, target: Any) -> None:
+        if Path(source).name == "new":
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(OSError, match="no"):
+        save(rule, entry.path, description="Another.")
+    assert load_rule(entry.path) and entry_info(entry.path).description == "A rule for tests."

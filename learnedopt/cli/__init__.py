@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 if all went well, 1 if meta-training failed, 2 if something asked for does not exist or makes no sense, 128 plus
     the signal's number if a signal stopped it, 141 (that of a broken pipe) if nobody reads the output any more.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    imports = argparse.ArgumentParser(prog="learnedopt", add_help=False, allow_abbrev=False)
+    _add_import(imports)
+    asked, argv = imports.parse_known_args(sys.argv[1:] if argv is None else argv)
     parser = _parser(next((word for word in argv if word in _COMMANDS), None))
     arguments, more = parser.parse_known_args(argv)
     if "more" in arguments:
@@ -36,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
+        if asked.imports:
+            from learnedopt.runs import load_python
+
+            for name in asked.imports:
+                load_python(name)
         status = int(arguments.command(arguments))
         sys.stdout.flush()
         return status
@@ -56,9 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="imports",
+        metavar="FILE_OR_MODULE",
+        help="import this first, wherever it stands in the command: it defines rules or learners of your own kind",
+    )
+
+
 def _parser(called: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="learnedopt", description="Learned optimizers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"learnedopt {__version__}")
+    _add_import(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (home, help) in _COMMANDS.items():
         command = commands.add_parser(name, help=help)

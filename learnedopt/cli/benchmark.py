@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from learnedopt.evaluation.benchmark import MULTIPLES, Benchmark, Plan
 from learnedopt.evaluation.contenders import BASELINE_NAMES, HAND_WRITTEN
 from learnedopt.evaluation.report import write_report
 from learnedopt.evaluation.tasks import TASK_SETS
+from learnedopt.evaluation.tasks.sets import task_names
 
 
 def add(benchmark: argparse.ArgumentParser, help: str) -> None:
@@ -76,9 +78,20 @@ def _run(arguments: argparse.Namespace) -> int:
     options += ["--untuned"] if arguments.untuned else []
     command = ["learnedopt", "benchmark", "run", "--tasks", *arguments.tasks, "--optimizers", *arguments.optimizers]
     benchmark = Benchmark(arguments.out, arguments.tasks, arguments.optimizers, plan, shlex.join([*command, *options]))
+    skipped: list[str] = []
     for line in benchmark.run(arguments.processes):
         print(line, flush=True)
+        if line.startswith("skipped "):
+            skipped.append(line.removeprefix("skipped ").partition(": ")[0])
+    if missing := _missing(skipped, arguments):
+        raise ValueError(f"not run, though asked for by name: {', '.join(missing)}")
     return 0
+
+
+def _missing(skipped: Sequence[str], arguments: argparse.Namespace) -> list[str]:
+    """What was skipped and should not be: what was named itself, or everything. Of a set what can run is enough."""
+    everything = set(task_names(arguments.tasks)) <= {*skipped} or {*arguments.optimizers} <= {*skipped}
+    return [name for name in skipped if everything or name in (*arguments.tasks, *arguments.optimizers)]
 
 
 def _report(arguments: argparse.Namespace) -> int:

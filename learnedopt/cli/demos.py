@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from learnedopt.cli.shared import add_command, fill_command
-from learnedopt.demo import Demo, compare, plot, table
+from learnedopt.demo import Demo, compare, count, plot, table
 from learnedopt.fewshot import demo as fewshot_demo
 from learnedopt.fewshot.demo import FewShotDemo
+from learnedopt.runs import Countdown
 
 
 def add_demo(demo: argparse.ArgumentParser, help: str) -> None:
@@ -39,12 +42,17 @@ def _demo(arguments: argparse.Namespace) -> int:
     # Networks this small gain nothing from a second thread, and lose much where another program runs.
     torch.set_num_threads(1)
     panels = []
+    progress = Countdown(count(demo), partial(_say, ""))
     for activation, widths in demo.networks:
-        panels.append(compare(demo, activation, widths))
+        panels.append(compare(demo, activation, widths, progress.advance))
         print(table(panels[-1]) + "\n", flush=True)
     plot(panels, arguments.out)
     print(f"Curves: {arguments.out}")
     return 0
+
+
+def _say(about: str, line: str) -> None:
+    print(f"{about}{line}", file=sys.stderr, flush=True)
 
 
 def _fewshot_demo(arguments: argparse.Namespace) -> int:
@@ -60,7 +68,8 @@ def _fewshot_demo(arguments: argparse.Namespace) -> int:
     print(f"Drawn in {seconds:.0f} s. An episode: {arguments.out}\n", flush=True)
     results = []
     for name, recipe in fewshot_demo.methods(demo):
-        for result in fewshot_demo.compare(demo, name, recipe):
+        progress = Countdown(recipe.training.steps, partial(_say, f"{name}: training, "))
+        for result in fewshot_demo.compare(demo, name, recipe, progress.advance):
             print(f"{result.name}: {result.evaluation}", flush=True)
             results.append(result)
     print(f"\n{fewshot_demo.table(results)}")

@@ -40,6 +40,8 @@ def training_options(train: argparse.ArgumentParser) -> None:
 
 
 def meta_train(arguments: argparse.Namespace) -> int:
+    of_zoo = "resume" in arguments
+    command = ["zoo", "train"] if of_zoo else ["meta-train"]
     recipe = overridden(load_recipe(arguments.recipe), ["--help"] if arguments.settings else arguments.more)
     folder = arguments.out or Path("runs") / recipe.name
     check_device(arguments.device)
@@ -55,11 +57,12 @@ def meta_train(arguments: argparse.Namespace) -> int:
                 f"backend{together}",
                 flush=True,
             )
-        again = ["learnedopt", "meta-train", arguments.recipe, "--out", str(folder)]
+        again = ["learnedopt", *command, arguments.recipe, "--out", str(folder)]
         if arguments.root is not None:
             again += ["--root", str(arguments.root)]
         if arguments.device != "cpu":
             again += ["--device", arguments.device]
+        again += ["--resume"] if of_zoo else []
         how = f"continue with: {shlex.join([*again, *arguments.more])}"
         status = drive(run, arguments, how, with_bar=sys.stderr.isatty())
         return conclude(run, arguments, trainer.best_update) if status is None else status

@@ -14,6 +14,7 @@ from learnedopt.cli.fewshot import fewshot_train
 from learnedopt.cli.meta_train import meta_train, training_options
 from learnedopt.cli.shared import add_command
 from learnedopt.rules import UpdateRule
+from learnedopt.storage import WEIGHTS
 
 
 def add(entries: argparse.ArgumentParser, help: str) -> None:
@@ -46,7 +47,8 @@ def _show(arguments: argparse.Namespace) -> int:
     entry, rule = zoo.entry_info(arguments.name), zoo.load_rule(arguments.name)
     facts: dict[str, object] = {
         "folder": entry.path,
-        "sha256": entry.sha256,
+        "sha256": f"{zoo.rule_fingerprint(rule)} of the rule, which states and messages name",
+        "": f"{entry.sha256} of the file {WEIGHTS}",
         "rule": _settings(entry.config.to_dict()),
         "meta-parameters": sum(weight.numel() for weight in rule.parameters()),
         "state": _state(rule),
@@ -68,7 +70,7 @@ def _show_learner(name: str) -> int:
     entry, learner = fewshot.learner_info(name), fewshot.load_learner(name)
     facts: dict[str, object] = {
         "folder": entry.path,
-        "sha256": entry.sha256,
+        "sha256": f"{entry.sha256} of the file {WEIGHTS}",
         "learner": _settings(entry.learner.to_dict()),
         "backbone": _settings(entry.backbone.to_dict()),
         "weights": sum(weight.numel() for weight in learner.parameters()),
@@ -80,7 +82,7 @@ def _show_learner(name: str) -> int:
 
 def _print(facts: Mapping[str, object], card: str) -> None:
     for name, value in facts.items():
-        print(f"{name + ':':<17}{value}")
+        print(f"{name + ':' if name else '':<17}{value}")
     print(f"\n{card.rstrip()}")
 
 

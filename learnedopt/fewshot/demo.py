@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,11 +79,13 @@ def methods(demo: FewShotDemo) -> list[tuple[str, FewShotRecipe]]:
     ]
 
 
-def compare(demo: FewShotDemo, name: str, recipe: FewShotRecipe) -> list[Result]:
-    """Train one method, and judge it on the frozen test episodes."""
+def compare(
+    demo: FewShotDemo, name: str, recipe: FewShotRecipe, stepped: Callable[[], object] = lambda: None
+) -> list[Result]:
+    """Train one method, calling ``stepped`` after every step, and judge it on the frozen test episodes."""
     trainer = recipe.trainer()
     for _ in trainer.run():
-        pass
+        stepped()
     episodes = episode_source(demo.data, demo.test, "test").frozen(demo.episodes)
     learner = trainer.best_learner()
     results = [Result(name, evaluate(learner, episodes), trainer.step, trainer.seconds)]

@@ -17,7 +17,7 @@ from learnedopt.fewshot.config import Config
 from learnedopt.fewshot.learner import Learner, LearnerConfig, LearnerShape
 from learnedopt.fewshot.learners import LEARNERS
 from learnedopt.fewshot.normalization import Normalization
-from learnedopt.storage import WEIGHTS, Entry, EntryKind, ZooError, check_tensors
+from learnedopt.storage import WEIGHTS, Entry, EntryKind, ZooError, check_tensors, defined_in
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,13 @@ def load_learner(name_or_path: str | os.PathLike[str], normalization: Normalizat
     """
     entry = learner_info(name_or_path)
     tensors = _LEARNERS.tensors(entry, (entry.learner, entry.backbone, entry.shape))
+    try:
+        with torch.device("meta"):
+            shapes = entry.learner.build(entry.backbone, entry.shape).state_dict()
+    except (RuntimeError, NotImplementedError):  # a backbone of one's own may need values to be built
+        shapes = None
+    if shapes is not None:  # before memory is taken for what the weights do not fit
+        check_tensors(shapes, tensors, entry.path / WEIGHTS)
     learner = entry.learner.build(entry.backbone, entry.shape, torch.Generator().manual_seed(0))
     check_tensors(learner.state_dict(), tensors, entry.path / WEIGHTS)
     learner.load_state_dict(tensors)
@@ -125,6 +132,7 @@ def save_learner(
         "backbone": backbone.to_dict(),
         "shape": dataclasses.asdict(learner.shape),
         "training": dict(training or {}),
+        **defined_in(type(learner), type(learner.config), type(backbone)),
     }
     card = f"# {name}\n\n{description}\n" if card is None else card
     _LEARNERS.write(Path(folder), values, learner.state_dict(), card, load_learner)

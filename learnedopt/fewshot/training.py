@@ -108,6 +108,10 @@ class FewShotRecipe:
     zeros; "" for random weights."""
     activity: ClassVar[str] = "few-shot training"
 
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+
     @property
     def checkpoint_every(self) -> int:
         """Steps between checkpoints."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from learnedopt.meta.trainer import MetaTrainer
 from learnedopt.rules import RuleConfig, UpdateRule
 from learnedopt.runs import load_file
 from learnedopt.tasks.base import TaskFamily
+
+_CHOICE = re.compile(r"(rule|training)(\.[\w-]+)*:[\w-]+")
+"""On the command line, which of several classes is to stand somewhere."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,13 @@ class Recipe:
     start: str = ""
     """An entry of the zoo, or the folder of one, with whose weights training begins: a rule of the same settings, made
     to suit other tasks better. "" for weights drawn from the seed."""
+    file: str = ""
+    """Where it was loaded from: below the checkout, or as it was named. The entry that it makes says so."""
     activity: ClassVar[str] = "meta-training"
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
 
     def trainer(
         self, root: Path | None = None, device: torch.device | str = "cpu", state: dict[str, Any] | None = None
@@ -78,10 +88,7 @@ class Recipe:
             ValueError: no validation has had a finite score yet, so that there is no best rule.
         """
         if not math.isfinite(trainer.best_score):
-            raise ValueError(
-                f"there is no rule to export: none of the {trainer.update} update(s) so far ended in a validation with "
-                "a finite score"
-            )
+            raise ValueError(f"there is no rule to export yet: {self._before_the_first(trainer.update)}")
         return zoo.save_rule(
             trainer.best_rule(),
             folder,
@@ -89,7 +96,7 @@ class Recipe:
             description=self.description,
             card=card,
             meta_training={
-                "recipe": f"meta_training/{self.name.replace('-', '_')}.py",
+                "recipe": self.file or self.name,
                 "tasks": self.tasks,
                 "settings": self.training.to_dict() | {"copies": trainer.copies},
                 **({"start": self.start, "start_sha256": trainer.origin} if self.start else {}),
@@ -100,6 +107,18 @@ class Recipe:
                 **made,
             },
         )
+
+    def _before_the_first(self, updates: int) -> str:
+        """Why nothing was judged so far, and what to do."""
+        if isinstance(self.training, SearchConfig):
+            return "no generation was finished. The same command goes on from here"
+        first = min(self.training.validate_every, self.training.updates)
+        if updates < first:
+            return (
+                f"the first validation is after update {first}, and this run stands at {updates}. The same command "
+                "goes on from here; a new run with a smaller --training.validate-every has one sooner"
+            )
+        return f"none of the {updates} updates ended in a validation with a finite score"
 
 
 def load_recipe(source: str | os.PathLike[str]) -> Recipe:
@@ -122,7 +141,9 @@ def load_recipe(source: str | os.PathLike[str]) -> Recipe:
     recipe = getattr(module, "RECIPE", None)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{path} must define RECIPE, a learnedopt.meta.Recipe; it defines {type(recipe).__name__}")
-    return recipe
+    checkout = Path(__file__).resolve().parents[2]
+    below = path.resolve().is_relative_to(checkout)
+    return dataclasses.replace(recipe, file=(path.resolve().relative_to(checkout) if below else path).as_posix())
 
 
 def overridden(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
@@ -130,7 +151,7 @@ def overridden(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
 
     Every setting of ``rule`` and ``training`` has an option, nested ones with more dots. Where one of several classes
     may stand, it is named with a colon, before its own settings:
-    ``["training.estimator:pes", "--training.estimator.std", "0.02"]``.
+    ``["training.estimator:pes", "--training.estimator.std", "0.02"]``. The order is free.
 
     Raises:
         SystemExit: an option is unknown, or its value is of the wrong type; a message went to stderr. With
@@ -146,11 +167,15 @@ def overridden(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
     settings = dataclasses.make_dataclass(
         "Settings", [("rule", type(recipe.rule)), ("training", type(recipe.training))]
     )
+    # An option may only follow the choice of the class that it is of, and an inner choice that of the outer.
+    choices = sorted(filter(_CHOICE.fullmatch, arguments), key=lambda choice: choice.count("."))
+    options = [argument for argument in arguments if not _CHOICE.fullmatch(argument)]
     chosen: Any = tyro.cli(
         settings,
         prog=f"learnedopt meta-train {recipe.name}",
         description=f"Settings of the recipe {recipe.name}.",
-        args=list(arguments),
+        args=[*choices, *options],
         default=settings(recipe.rule, recipe.training),
+        config=(tyro.conf.CascadeSubcommandArgs,),
     )
     return dataclasses.replace(recipe, rule=chosen.rule, training=chosen.training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from learnedopt.meta.base import RuleTrainer
 from learnedopt.meta.config import SearchConfig
-from learnedopt.meta.evolution import PerCopy, Repeated, flat_weights
-from learnedopt.meta.unroll import start_episode, unroll
+from learnedopt.meta.evolution import flat_weights
+from learnedopt.meta.generation import Trial
 from learnedopt.rules import RuleConfig, UpdateRule, build_rule
 from learnedopt.rules.legacy import modern_training
 from learnedopt.runs import OtherRunError, Record, Stop
@@ -26,6 +27,8 @@ from learnedopt.tasks.base import TaskFamily
 _SMOOTHING = 0.95
 _LEAST_SLOPE = 0.04
 _WORST, _BEST = -2.0, 1.5
+_TURN = 1.0
+"""Seconds of work between two questions whether to stop; steps that take longer are not cut."""
 _PLACE = re.compile(r"(?P<name>[\w.]+)\[(?P<index>\d+(,\d+)*)\]")
 
 
@@ -93,8 +96,16 @@ class Search(RuleTrainer[SearchConfig]):
         """The generation that the best rule comes out of: the last."""
         return self.update
 
+    @property
+    def parts(self) -> int:
+        return len(self._gains)
+
     def records(self, stop: Stop) -> Iterator[Record]:
-        """Search on, yielding one record per generation.
+        """Search on, yielding one record per generation. ``stop`` is asked every second or every step.
+
+        Within a generation listeners are told ``part``, the share of it that is done, and ``task``, the kind of the
+        task at work; where that has been judged, ``gain``, the centre's on it, and ``start`` and ``end``, the losses of
+        the start and of the centre after the last step.
 
         A record holds ``update``, ``meta_loss`` (minus the mean gain of the centre of the distribution that the
         generation was drawn from), ``gains`` (that centre's on each task), ``steps`` (inner steps, counted once per
@@ -103,11 +114,16 @@ class Search(RuleTrainer[SearchConfig]):
         """
         asked = False
         while not (self.finished or asked):
-            asked = any(self.ranks.collect([stop()]))
-            settings = np.array(self._search.ask())
-            tried = np.concatenate([np.zeros((1, len(self._scales))), self._search.mean[None], settings])
-            gains = self._gains(tried * self._scales)
-            self._tell(settings, gains[:, 2:].mean(0).tolist())
+            if self._settings is None:
+                self._settings = np.array(self._search.ask())
+            tried = np.concatenate([np.zeros((1, len(self._scales))), self._search.mean[None], self._settings])
+            weights = self._weights(tried * self._scales)
+            while len(self._gains) < len(self.family.families) and not asked:
+                asked = self._turn(weights, stop)
+            if len(self._gains) < len(self.family.families):
+                return
+            gains = np.stack([self._gains[index] for index in range(len(self.family.families))])
+            self._tell(self._settings, gains[:, 2:].mean(0).tolist())
             self.best_score = -float(gains[:, 1].mean())
             yield {
                 "update": self.update,
@@ -126,8 +142,15 @@ class Search(RuleTrainer[SearchConfig]):
         return rule
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly: the scores of all generations, from which the search is replayed."""
+        """Everything needed to go on exactly: the scores of all generations, from which the search is replayed.
+
+        And, of the generation at work, what each task gave, and where those are that are being trained.
+        """
+        own = [{index: trial.state_dict() for index, trial in self._trials.items()}]
+        trials = {index: state for states in self.ranks.collect(own) for index, state in states.items()}
         return {
+            "gains": {index: torch.from_numpy(gains) for index, gains in self._gains.items()},
+            "trials": trials,
             "config": self.config.to_dict(),
             "rule_config": self.rule.config.to_dict(),
             "scores": self._scores,
@@ -144,6 +167,8 @@ class Search(RuleTrainer[SearchConfig]):
         self._restart()
         for scores in state["scores"]:
             self._tell(np.array(self._search.ask()), scores)
+        self._gains = {index: gains.numpy() for index, gains in state.get("gains", {}).items()}
+        self._saved = dict(state.get("trials", {}))
         self.seconds, self.best_score = state["seconds"], state["best_score"]
 
     def _restart(self) -> None:
@@ -162,11 +187,22 @@ class Search(RuleTrainer[SearchConfig]):
             self._search: Any = cma.CMAEvolutionStrategy(np.zeros(len(self._scales)), self.config.std, options)
         self._scores = []
         self.update = 0
+        self._next_generation()
+
+    def _next_generation(self) -> None:
+        self._settings: NDArray[np.float64] | None = None
+        """What the generation at work tries, once it was asked for."""
+        self._gains: dict[int, NDArray[np.float64]] = {}
+        """Of the tasks that were judged in it, of all processes."""
+        self._trials: dict[int, Trial] = {}
+        self._saved: dict[int, dict[str, Any]] = {}
+        """Trials that were saved at work and have not gone on yet."""
 
     def _tell(self, settings: NDArray[np.float64], scores: list[float]) -> None:
         self._search.tell(list(settings), [-score for score in scores])
         self._scores.append(scores)
         self.update = len(self._scores)
+        self._next_generation()
 
     def _weights(self, changes: NDArray[np.float64]) -> Tensor:
         """All meta-parameters of each setting, ``(settings, P)``, for changes of the coordinates."""
@@ -174,21 +210,46 @@ class Search(RuleTrainer[SearchConfig]):
         weights[:, self._places] += torch.from_numpy(changes).to(weights)
         return weights
 
-    def _gains(self, changes: NDArray[np.float64]) -> NDArray[np.float64]:
-        """``(families, settings)``; the first setting is what the others are compared with."""
-        weights, config = self._weights(changes), self.config
-        gains = []
+    def _turn(self, weights: Tensor, stop: Stop) -> bool:
+        """Work on for :data:`_TURN` seconds; whether to stop. The first of ``weights`` is what others are judged by."""
+        asked, until, judged = stop(), time.perf_counter() + _TURN, {}
         for index in self.ranks.mine(len(self.family.families)):
-            words = np.random.SeedSequence((config.seed, self.update, index)).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(words[0]))
-            task = Repeated(self.family.families[index].draw(generator, config.copies), len(weights))
-            rule = PerCopy(self.rule, weights.repeat_interleave(config.copies, 0))
-            with torch.no_grad():
-                episode = start_episode(self.rule, task, generator)
-                losses, _ = unroll(rule, episode, config.horizon, generator)
-            curves = losses.unflatten(1, (len(weights), config.copies)).mean(2)
-            gains.append(_gain(curves.double().cpu().numpy()))
-        return np.stack(self.ranks.collect(gains))
+            if index in self._gains:
+                continue
+            if (trial := self._trials.get(index)) is None:
+                trial = self._trials[index] = self._trial(index, weights)
+            while trial.done < self.config.horizon:
+                trial.step()
+                if time.perf_counter() > until:
+                    break
+            if trial.done == self.config.horizon:
+                judged[index] = trial.curves()
+                del self._trials[index]
+            if time.perf_counter() > until:
+                break
+        going = max((trial.done for trial in self._trials.values()), default=0) / self.config.horizon
+        turns = self.ranks.collect([(asked, judged, going, self.elapsed)])
+        self.seconds = turns[0][3]
+        for _, curves, *_ in turns:
+            for index in curves:
+                self._gains[index] = _gain(curves[index])
+                self._say(index, 0.0, curves[index][-1])
+        if len(self._gains) < len(self.family.families):
+            self._say(max(self._trials, default=0), sum(share for _, _, share, _ in turns))
+        return any(theirs for theirs, *_ in turns)
+
+    def _say(self, index: int, going: float, ends: NDArray[np.float64] | None = None) -> None:
+        judged: Record = {}
+        if ends is not None:
+            judged = {"gain": float(self._gains[index][1]), "start": float(ends[0]), "end": float(ends[1])}
+        part = (len(self._gains) + going) / len(self.family.families)
+        task = type(self.family.families[index]).__name__
+        self.tell({"update": self.update + 1, "part": part, "task": task, **judged, "seconds": self.seconds})
+
+    def _trial(self, index: int, weights: Tensor) -> Trial:
+        words = np.random.SeedSequence((self.config.seed, self.update, index)).generate_state(1, np.uint64)
+        family, saved = self.family.families[index], self._saved.pop(index, None)
+        return Trial(self.rule, family, weights, self.config.copies, int(words[0]), saved)
 
 
 def place(rule: UpdateRule, coordinate: str) -> int:

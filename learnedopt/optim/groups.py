@@ -10,7 +10,14 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from learnedopt.kernels import BackendName
 from learnedopt.optim.averages import averaged
-from learnedopt.optim.options import LATER, Loss, checked, warn_of_options_meant_for_adam, warn_of_uncounted_tensors
+from learnedopt.optim.options import (
+    LATER,
+    Loss,
+    check_not_flat,
+    checked,
+    warn_of_options_meant_for_adam,
+    warn_of_uncounted_tensors,
+)
 from learnedopt.optim.placement import Backends
 from learnedopt.optim.registry import RuleLike, RuleRegistry
 from learnedopt.optim.state import check_same_shapes, load_state, up_to_date
@@ -52,6 +59,11 @@ class RuleGroups(Optimizer):
             if param_group.get("rule_sha256") not in self._rules:
                 param_group.update(self._identity(param_group.get("rule")))
         super().add_param_group(param_group)
+        try:
+            check_not_flat(self.param_groups[-1], self._rules[self.param_groups[-1]["rule_sha256"]])
+        except ValueError:
+            self.param_groups.pop()
+            raise
         warn_of_options_meant_for_adam(self.param_groups[-1], self.param_groups[:-1])
         if self._rules[self.param_groups[-1]["rule_sha256"]].counts_tensors:
             warn_of_uncounted_tensors(self)
@@ -61,8 +73,7 @@ class RuleGroups(Optimizer):
     def backend(self) -> str:
         """What computes the step of these parameters where they are now; for each device if that differs.
 
-        For parameters that are spread over processes it is the same in all of these from the first step on. Under
-        ``torch.compile`` the compiler computes, from the reference, unless another backend was asked for.
+        For parameters that are spread over processes it is the same in all of these from the first step on.
 
         >>> from learnedopt import LearnedOptimizer
         >>> from learnedopt.rules import LSTMRule

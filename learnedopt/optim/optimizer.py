@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -13,11 +12,9 @@ from torch.optim.optimizer import ParamsT
 from learnedopt.kernels import BackendName, Case, StepOptions, step
 from learnedopt.optim.groups import RuleGroups
 from learnedopt.optim.options import Group, Loss, NonFinite, check_finite, check_params, checked, read_loss
-from learnedopt.optim.placement import batches, held, without_autocast
+from learnedopt.optim.placement import batches, count_trained, held, without_autocast
 from learnedopt.optim.registry import RuleLike
 from learnedopt.optim.sharding import mean_over, sent
-from learnedopt.optim.state import init_state
-from learnedopt.rules import State, UpdateRule
 
 
 class LearnedOptimizer(RuleGroups):
@@ -35,9 +32,10 @@ class LearnedOptimizer(RuleGroups):
     (:class:`~learnedopt.rules.LawsRule`). Weight decay
     (:math:`\lambda`) is decoupled and scaled by ``lr`` as in AdamW; the rule sees the parameters before decay.
 
-    Parameters may be of any shape, strides and floating-point dtype. Complex ones are optimized as pairs of reals,
-    those without a gradient are skipped, and one that is listed twice is updated once. Rule, state and arithmetic
-    are float32, or float64 where the parameter or the rule is.
+    Parameters may be of any shape, strides and floating-point dtype. Complex ones are optimized as pairs of reals; to
+    what asks about whole tensors, that is one tensor of pairs and not two. Those without a gradient are skipped, and
+    one that is listed twice is updated once. Rule, state and arithmetic are float32, or float64 where the parameter or
+    the rule is.
 
     A NaN gradient goes into the update and stays in the state, as with every optimizer of torch, unless
     ``nonfinite`` says otherwise; an infinite one too, but rules that normalize by second moments, the default among
@@ -49,11 +47,13 @@ class LearnedOptimizer(RuleGroups):
     Parameters may be sharded or replicated over processes as DTensors, by FSDP2 (``fully_shard``) or tensor
     parallelism: state is sharded with them, and what a rule asks about a whole tensor is summed over its shards, so
     results are those of one process up to rounding. Those that the rule has bases for are gathered, and every process
-    has all of their state. FSDP1 hides how its flat parameters are cut and is not supported for rules that look at
-    whole tensors.
+    has all of their state. FSDP1 hides how its flat parameters are cut, and is refused for rules that look at whole
+    tensors.
 
-    ``step`` is not differentiable. To train a rule, or to learn through its updates, call the rule
-    (:meth:`~learnedopt.rules.UpdateRule.update`), which is a pure function with gradients of every order.
+    ``step`` is not compiled: under ``torch.compile`` it is taken outside of the graph, the same to the last bit; with
+    ``fullgraph=True`` that is an error. It is not differentiable either: to train a rule, or to learn through its
+    updates, call the rule (:meth:`~learnedopt.rules.UpdateRule.update`), which is pure and has all gradients.
+    Of tensors without values, fake or on the device ``meta``, it makes the state and computes nothing.
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs, or dictionaries of parameter groups. A group may set each option
@@ -117,7 +117,7 @@ class LearnedOptimizer(RuleGroups):
         mask_zero_gradients: bool = False,
         backend: BackendName = "auto",
     ) -> None:
-        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "together": together}
+        options: Group = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "together": together}
         options |= {"nonfinite": nonfinite, "state_dtype": state_dtype, "mask_zero_gradients": mask_zero_gradients}
         self._observed_loss: Loss | None = None
         super().__init__(params, rule, checked(options), backend)
@@ -128,6 +128,7 @@ class LearnedOptimizer(RuleGroups):
     @overload
     def step(self, closure: Callable[[], Any], *, loss: Loss | None = None) -> Any: ...
 
+    @torch.compiler.disable(reason="a step of learnedopt has kernels of its own, and is not compiled")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Loss | None = None) -> Any:
         """Perform one optimization step.
@@ -164,14 +165,12 @@ class LearnedOptimizer(RuleGroups):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         check_params(self.param_groups, self.state, self._rules, type(self).__name__)
         given = next((value for value in (loss, returned, self._observed_loss) if value is not None), None)
         observed = read_loss(given, self.param_groups, self._rules)
         skip = check_finite(observed, self.param_groups, self._rules)
         self._observed_loss = None
-        # All that are trained count. One without a gradient today may have one tomorrow.
-        together = sum(p.numel() > 0 and (p.requires_grad or p.grad is not None) for p in set(params))
+        together = count_trained(self.param_groups)
         for group in self.param_groups:
             self._update_group(group, observed, skip if group["nonfinite"] == "skip" else None, together)
         return returned
@@ -194,18 +193,15 @@ class LearnedOptimizer(RuleGroups):
     def _update_group(self, group: Group, loss: Tensor | None, skip: Tensor | None, together: int) -> None:
         """Gather parameters, gradients and state by device, dtype and sharding; a backend does the rest."""
 
-        def state_of(param: Tensor, rule: UpdateRule, value: Tensor, dtype: torch.dtype) -> State:
-            state: State = self.state[param]
-            if not state:
-                state.update(init_state(rule, value, dtype, group["state_dtype"]))
-            return state
-
         lr = group["lr"]
-        found = batches(group, self._rules, state_of)
+        found = batches(group, self._rules, self.state)
         if self._rules[group["rule_sha256"]].needs_loss and loss is None:
             return  # at lr=0: state is there, and nothing moves
         for batch in found:
             device, dtype = batch.device, batch.dtype
+            if not batch.has_values:
+                self._backends.choose(Case(batch.rule, device, dtype, group["state_dtype"]))  # or say why it cannot
+                continue
             given = None if loss is None else sent(loss, device, dtype)
             if given is not None and batch.mesh is not None:
                 given = mean_over(batch.mesh, given)
@@ -217,6 +213,7 @@ class LearnedOptimizer(RuleGroups):
                 loss=given,
                 skip=None if skip is None else sent(skip, device),
             )
-            with without_autocast(device), held(tensors, group["mask_zero_gradients"]):
-                step(backend, batch.rule, tensors, options)
+            with without_autocast(device):
+                with held(tensors, group["mask_zero_gradients"]):
+                    step(backend, batch.rule, tensors, options)
                 batch.keep(tensors)

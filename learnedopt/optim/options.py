@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from learnedopt.kernels import StateDtype
 from learnedopt.optim.registry import RuleRegistry
-from learnedopt.optim.sharding import anywhere, local, sent, whole
+from learnedopt.optim.sharding import anywhere, has_values, local, sent, whole
+from learnedopt.rules import UpdateRule
 
 Loss = Tensor | float
 NonFinite = Literal["propagate", "skip", "raise"]
@@ -133,7 +134,7 @@ def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: Ru
                 continue
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"{optimizer} does not support sparse gradients")
-            if param.is_complex() and param.is_conj():  # in this order, because compilers do not know the second
+            if param.is_conj():
                 raise RuntimeError(
                     f"{optimizer} cannot update a conjugate view, here of shape {tuple(param.shape)}: make it a "
                     "parameter of its own with resolve_conj()"
@@ -152,7 +153,7 @@ def check_params(groups: Iterable[Group], state: Mapping[Tensor, Any], rules: Ru
 def _check_state(group: Group, index: int, state: Mapping[str, Tensor], probe: tuple[str, int] | None) -> None:
     """Kernels trust that state has the shape of its parameter. One entry tells: they are made and loaded together."""
     param = group["params"][index]
-    if probe is None or (param.is_complex() and torch.compiler.is_compiling()):
+    if probe is None:
         return
     entry, lead = probe
     shape = (*param.shape, 2) if param.is_complex() else param.shape
@@ -163,6 +164,18 @@ def _check_state(group: Group, index: int, state: Mapping[str, Tensor], probe: t
             f"a state does not have the shape of its parameter: {name} has shape {tuple(shape)}, and its state was "
             f"made for {found}. A parameter cannot change its shape under an optimizer: construct another one, and "
             "move the state as docs/drop_in.md says"
+        )
+
+
+def check_not_flat(group: Group, rule: UpdateRule) -> None:
+    """Raise ``ValueError`` where FSDP1 has cut parameters and a rule has to see whole tensors."""
+    if type(rule).statistics is UpdateRule.statistics and rule.coordinates is None:
+        return  # each coordinate is by itself
+    if any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
+        raise ValueError(
+            "these are the flat parameters of FullyShardedDataParallel (FSDP1), which hides how tensors are cut, and "
+            f"the rule {group['rule']!r} looks at whole tensors: results would silently be others. Shard with FSDP2, "
+            "torch.distributed.fsdp.fully_shard"
         )
 
 
@@ -204,7 +217,8 @@ def check_finite(loss: Tensor | None, groups: Sequence[Group], rules: RuleRegist
         ]
     if read["raise"]:
         names, values = zip(*read["raise"])
-        if found := [name for name, flag in zip(names, _nonfinite(values).tolist()) if flag]:
+        flags = _nonfinite(values)
+        if has_values(flags) and (found := [name for name, flag in zip(names, flags.tolist()) if flag]):
             raise RuntimeError(f"not finite: {', '.join(found)}. No parameter and no state has changed")
     return _nonfinite([value for _, value in read["skip"]]).any() if read["skip"] else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,7 +14,6 @@ from learnedopt.kernels import (
     Backend,
     BackendName,
     Case,
-    ReferenceBackend,
     Tensors,
     check_name,
     choose,
@@ -22,8 +21,8 @@ from learnedopt.kernels import (
 )
 from learnedopt.optim.options import Group
 from learnedopt.optim.registry import RuleRegistry
-from learnedopt.optim.sharding import Spread, align, keep_whole, local, most_over, spread, total_over, whole
-from learnedopt.optim.state import as_real, has_coordinates
+from learnedopt.optim.sharding import Spread, align, has_values, keep_whole, local, most_over, spread, total_over, whole
+from learnedopt.optim.state import as_real, has_coordinates, init_state
 from learnedopt.rules import State, UpdateRule
 
 if TYPE_CHECKING:
@@ -73,8 +72,6 @@ class Backends:
 
     def choose(self, case: Case, mesh: DeviceMesh | None = None) -> Backend:
         """Chosen once: a step does not change because something was compiled in the meantime."""
-        if torch.compiler.is_compiling() and self._asked == "auto":
-            return ReferenceBackend()
         if (case, mesh) in self._agreed:
             return self._agreed[case, mesh]
         if case not in self._chosen:
@@ -88,7 +85,7 @@ class Backends:
         asked in their first step, where all of them are.
         """
         backend = self.choose(case, mesh)
-        settled = self._asked != "auto" or torch.compiler.is_compiling() or (case, mesh) in self._agreed
+        settled = self._asked != "auto" or (case, mesh) in self._agreed
         if mesh is None or settled:
             return backend
         names = get_args(BackendName)  # the fastest first
@@ -117,6 +114,11 @@ class Batch:
     @property
     def device(self) -> torch.device:
         return self.params[0].device
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there is anything to compute with: fake tensors have shapes alone, and so do those on ``meta``."""
+        return all(has_values(tensor) for tensor in (*self.params, *self.grads))
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -149,17 +151,21 @@ class Batch:
                 keep_whole(param, values)
 
 
-def batches(
-    group: Group, rules: RuleRegistry, state_of: Callable[[Tensor, UpdateRule, Tensor, torch.dtype], State]
-) -> list[Batch]:
+def count_trained(groups: Iterable[Group]) -> int:
+    """How many tensors are trained together: all, as one without a gradient today may have one tomorrow."""
+    params = {param for group in groups for param in group["params"]}
+    return sum(p.numel() > 0 and (p.requires_grad or p.grad is not None) for p in params)
+
+
+def batches(group: Group, rules: RuleRegistry, states: Mapping[Tensor, State]) -> list[Batch]:
     """The parameters of a group that have gradients, by what can be worked on together.
 
     Args:
-        state_of: A parameter's state, given it, its rule, its values as reals and the dtype that is computed in.
+        states: Of all parameters. What is empty is made.
     """
     found: dict[tuple[torch.device, torch.dtype, Spread | None, bool], Batch] = {}
     computed: dict[tuple[torch.device, torch.dtype], tuple[torch.dtype, UpdateRule]] = {}
-    compiling, sha256 = torch.compiler.is_compiling(), group["rule_sha256"]
+    sha256 = group["rule_sha256"]
     for param in dict.fromkeys(group["params"]):
         if (slope := param.grad) is None:
             continue
@@ -170,15 +176,17 @@ def batches(
             computed[place] = dtype, rules.placed(sha256, value.device, dtype)
         dtype, rule = computed[place]
         # One call for tensors with coordinates of their own and those without: on small networks calls are what a step
-        # costs. A compiler, though, does not take those with.
-        inside = (layout is not None or compiling) and has_coordinates(rule, value)
-        key = value.device, dtype, layout, inside
+        # costs.
+        gathered = layout is not None and has_coordinates(rule, value)
+        key = value.device, dtype, layout, gathered
         if (batch := found.get(key)) is None:
-            batch = found[key] = Batch(rule, dtype, layout, inside and layout is not None, [], [], [], [])
+            batch = found[key] = Batch(rule, dtype, layout, gathered, [], [], [], [])
         batch.dims.append(param.dim())
         batch.params.append(value)
         batch.grads.append(grad)
-        batch.states.append(state_of(param, rule, value, dtype))
+        if not (state := states[param]):
+            state.update(init_state(rule, value, dtype, group["state_dtype"]))
+        batch.states.append(state)
     return list(found.values())
 
 
@@ -196,13 +204,9 @@ def held(tensors: Tensors, asked: bool) -> Iterator[None]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """The precision of a rule does not depend on where in the loop ``step`` is called."""
-    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
-
-
-@torch.compiler.assume_constant_result
-def _has_autocast(device_type: str) -> bool:
-    """In a function of its own because torch 2.11 cannot compile the question."""
-    return torch.amp.is_autocast_available(device_type)
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _mesh(layout: Spread | None) -> DeviceMesh | None:

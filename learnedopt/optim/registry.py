@@ -8,9 +8,11 @@ from functools import reduce
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from learnedopt.optim.sharding import has_values
 from learnedopt.rules import UpdateRule
-from learnedopt.zoo import entry_info, former_fingerprint, load_rule, rule_fingerprint
+from learnedopt.zoo import entry_info, former_fingerprint, list_entries, load_rule, rule_fingerprint
 
 RuleLike = str | os.PathLike[str] | UpdateRule
 
@@ -41,7 +43,16 @@ class RuleRegistry:
             TypeError: ``rule`` is not a name, a path or a rule.
             ValueError: it cannot be loaded, or is not a ``rule_class``.
         """
+        with _disable_current_modes():  # under FakeTensorMode weights would have no values
+            return self._add(rule, rule_class)
+
+    def _add(self, rule: RuleLike, rule_class: type[UpdateRule]) -> dict[str, Any]:
         if isinstance(rule, UpdateRule):
+            if not all(has_values(weight) for weight in rule.state_dict().values()):
+                raise ValueError(
+                    f"the weights of the rule {rule.config.kind!r} have no values: it was made under FakeTensorMode or "
+                    "on the device meta. Make it outside"
+                )
             name, rule = rule.config.kind, copy.deepcopy(rule)
         elif isinstance(rule, str | os.PathLike):
             name, rule = entry_info(rule).path.resolve().name, load_rule(rule)
@@ -62,7 +73,18 @@ class RuleRegistry:
 
     def came_before(self, sha256: str, other: str | None) -> bool:
         """Whether a rule here had another identity in version 0.1, and this is it."""
-        return other is not None and other == former_fingerprint(self._rules[sha256])
+        with _disable_current_modes():
+            return other is not None and other == former_fingerprint(self._rules[sha256])
+
+    @staticmethod
+    def entry_of(sha256: str | None) -> str | None:
+        """The zoo's entry of this identity, or that had it in version 0.1."""
+        with _disable_current_modes():
+            for name in list_entries():
+                rule = load_rule(name)
+                if sha256 is not None and sha256 in (rule_fingerprint(rule), former_fingerprint(rule)):
+                    return name
+        return None
 
     def dtype(self, sha256: str, param_dtype: torch.dtype) -> torch.dtype:
         """What a rule computes in, and keeps state in, for parameters of a real dtype: the wider of the two."""
@@ -76,15 +98,12 @@ class RuleRegistry:
             self._probes[sha256] = next(found, None)
         return self._probes[sha256]
 
-    def has_bases(self, sha256: str) -> bool:
-        """Whether a rule has coordinates of its own for some tensors."""
-        return self._rules[sha256].coordinates is not None
-
     def placed(self, sha256: str, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """A rule on a device and in a dtype, made once."""
         key = (sha256, device, dtype)
         if key not in self._placed:
-            self._placed[key] = copy.deepcopy(self._rules[sha256]).to(device, dtype)
+            with _disable_current_modes():
+                self._placed[key] = copy.deepcopy(self._rules[sha256]).to(device, dtype)
         return self._placed[key]
 
     def __getstate__(self) -> dict[str, Any]:

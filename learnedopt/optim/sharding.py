@@ -41,6 +41,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_distributed(tensor) else tensor
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor is more than a shape: not fake, as under ``FakeTensorMode``, and not on the device ``meta``."""
+    return not tensor.is_meta and not is_fake(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    return hasattr(local(tensor), "fake_mode")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, as a plain one. Every process of its mesh must ask."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -29,7 +30,12 @@ def has_coordinates(rule: UpdateRule, param: Tensor) -> bool:
 
 
 def init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype: StateDtype) -> State:
-    """The state of a parameter before its first step."""
+    """The state of a parameter before its first step; of a fake one it is fake."""
+    with getattr(local(param), "fake_mode", nullcontext()):
+        return _init_state(rule, param, dtype, state_dtype)
+
+
+def _init_state(rule: UpdateRule, param: Tensor, dtype: torch.dtype, state_dtype: StateDtype) -> State:
     layout, spec = state_layout(rule, dtype, state_dtype), rule.state_spec()
     state: State = {} if rule.coordinates is None else rule.coordinates.initial(param.shape, dtype, param.device)
     gathered = bool(state)
@@ -88,10 +94,12 @@ def up_to_date(groups: list[Group], saved: StateDict, rules: RuleRegistry) -> St
                     state[key] = modern_state(state[key], whole(as_real(param)))
             saved_group = {**saved_group, **{name: group[name] for name in ("rule", "rule_sha256")}}
         elif saved_group.get("rule_sha256") != group["rule_sha256"]:
+            entry = rules.entry_of(saved_group.get("rule_sha256"))
+            which = "the rule that the state belongs to" if entry is None else f"rule={entry!r}, to which it belongs"
             raise ValueError(
                 f"parameter group {index}: this state was made with rule {saved_group.get('rule')!r} (sha256 "
                 f"{saved_group.get('rule_sha256')}), and the optimizer runs {group['rule']!r} (sha256 "
-                f"{group['rule_sha256']}): construct the optimizer with the rule that the state belongs to"
+                f"{group['rule_sha256']}): construct the optimizer with {which}"
             )
         saved_groups.append(saved_group)
     return {**saved, "state": state, "param_groups": saved_groups + saved["param_groups"][len(groups) :]}

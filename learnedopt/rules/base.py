@@ -135,7 +135,25 @@ class RuleConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"unknown setting(s) {unknown} for rule kind {cls.kind!r}; known: {sorted(known)}")
+        for field in dataclasses.fields(cls):
+            if field.name in values:
+                check_type(field.name, values[field.name], field.default)
         return cls(**{key: _read(value) for key, value in values.items()})
+
+
+def check_type(name: str, value: Any, default: Any) -> None:
+    """Raise ``ValueError`` where a setting as JSON has it is of another type than its default.
+
+    >>> check_type("hidden_size", "8", 20)
+    Traceback (most recent call last):
+    ValueError: 'hidden_size' must be of the type int, got '8'
+    """
+    for wanted in (bool, int, float, str):
+        if isinstance(default, wanted):
+            allowed = (int, float) if wanted is float else wanted
+            if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
+                raise ValueError(f"{name!r} must be of the type {wanted.__name__}, got {value!r}")
+            return
 
 
 def _read(value: Any) -> Any:

@@ -133,14 +133,23 @@ class RunFolder:
                 error.errno, f"{path} cannot be written ({error.strerror}); what was there before is as it was"
             ) from error
 
-    def writers(self, stack: ExitStack, unit: str, done: int, tensorboard: bool) -> list[Writer]:
-        """Where records go, closed by the stack: the log, after its first ``done`` lines, and TensorBoard if asked."""
+    def writers(self, stack: ExitStack, unit: str, done: int, tensorboard: bool, parts: int = 0) -> list[Writer]:
+        """Where records go, closed by the stack: the log, and TensorBoard if asked.
+
+        Of the log the first ``done`` records stay, with the parts of each, and the first ``parts`` of the next.
+        """
+        first = done + 1
         if self._log.exists():
             # Lines beyond the checkpoint, the last maybe unfinished, are written again.
             with self._log.open("rb+") as file:
-                for _ in range(done):
-                    file.readline()
-                file.truncate(file.tell())
+                kept = file.tell()
+                while (done or parts) and (line := file.readline()):
+                    is_part = b'"part": ' in line
+                    if is_part and not done:
+                        parts -= 1
+                    done -= not is_part
+                    kept = file.tell()
+                file.truncate(kept)
         log = stack.enter_context(self._log.open("a"))
         writers: list[Writer] = [(lambda record: log.write(json.dumps(record) + "\n"), log.flush)]
         if tensorboard:
@@ -148,7 +157,7 @@ class RunFolder:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ImportError("the TensorBoard log needs tensorboard: pip install tensorboard") from error
-            board: Any = SummaryWriter(self.path, purge_step=done + 1)
+            board: Any = SummaryWriter(self.path, purge_step=first)
             stack.callback(board.close)
             writers.append((lambda record: _scalars(board, record, unit), board.flush))
         return writers

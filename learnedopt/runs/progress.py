@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,10 +12,30 @@ from types import FrameType
 from learnedopt.runs.folder import Record
 from learnedopt.runs.run import Trainable
 
+_EVERY = 10.0
+"""Seconds between two lines about a part."""
+
 
 def lines(records: Iterator[Record], trainer: Trainable, say: Callable[[str], None]) -> Iterator[Record]:
-    """The records; ``say`` gets a line for every hundredth, and for every validation."""
+    """The records; ``say`` gets a line for every hundredth, for every validation, and now and then for a part."""
     unit, first, started, steps = trainer.unit, trainer.done, trainer.seconds, 0
+    shown, before = time.monotonic(), None
+
+    def part(record: Record) -> None:
+        nonlocal shown, before
+        at = record[unit] - 1 + record["part"]
+        if before is None:
+            before = at, record["seconds"]
+        if "gain" not in record and time.monotonic() - shown < _EVERY:
+            return
+        shown = time.monotonic()
+        text = f"{unit} {record[unit]}, {100 * record['part']:.0f} %  {_part(record)}  {record['seconds']:.0f} s"
+        if at > before[0]:
+            left = (trainer.total - at) * (record["seconds"] - before[1]) / (at - before[0]) / 60
+            text += f"  {left:.0f} min left"
+        say(text)
+
+    trainer.listeners.append(part)
     for record in records:
         steps += record.get("steps", 0)
         if record[unit] % 100 == 0 or "validation" in record:
@@ -34,22 +56,55 @@ def bar(records: Iterator[Record], trainer: Trainable) -> Iterator[Record]:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("the progress bar needs tqdm: pip install 'learnedopt[train]'") from error
-    validation, started, steps = f"{trainer.best_score:.4g}", trainer.seconds, 0
+    judged = math.isfinite(trainer.best_score)
+    validation = f"validation {trainer.best_score:.4g}" if judged else "no validation yet"
+    started, steps = trainer.seconds, 0
     with tqdm(total=trainer.total, initial=trainer.done, unit=trainer.unit) as shown:
+
+        def part(record: Record) -> None:
+            shown.set_postfix_str(_part(record), refresh=False)
+            shown.update(record[trainer.unit] - 1 + record["part"] - shown.n)
+
+        trainer.listeners.append(part)
         for record in records:
             if "validation" in record:
-                validation = f"{record['validation']:.4g}"
+                validation = f"validation {record['validation']:.4g}"
             steps += record.get("steps", 0)
             speed = steps / max(record["seconds"] - started, 1e-9)
-            shown.set_postfix_str(
-                f"{_loss(record, trainer)}, validation {validation}, {speed:.0f} inner steps/s", refresh=False
-            )
-            shown.update()
+            shown.set_postfix_str(f"{_loss(record, trainer)}, {validation}, {speed:.0f} inner steps/s", refresh=False)
+            shown.update(record[trainer.unit] - shown.n)
             yield record
+
+
+def _part(record: Record) -> str:
+    judged = f": loss {record['end']:.4g}, the start's {record['start']:.4g}" if "gain" in record else ""
+    return f"{record['task']}{judged}"
 
 
 def _loss(record: Record, trainer: Trainable) -> str:
     return f"{trainer.loss.replace('_', '-')} {record[trainer.loss]:.4g}"
+
+
+class Countdown:
+    """Says what share of so much work is done, and how many seconds are left, at most every :data:`_EVERY` seconds.
+
+    Args:
+        total: How much there is to do, in any unit.
+        say: Is given a line.
+    """
+
+    def __init__(self, total: float, say: Callable[[str], None]) -> None:
+        self._total, self._say, self._done = total, say, 0.0
+        self._started = self._shown = time.monotonic()
+
+    def advance(self, work: float = 1.0) -> None:
+        """So much more is done."""
+        self._done += work
+        now = time.monotonic()
+        if now - self._shown >= _EVERY and self._done < self._total:
+            left = (now - self._started) * (self._total - self._done) / self._done
+            self._say(f"{100 * self._done / self._total:.0f} %, {left:.0f} s left")
+            self._shown = now
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -17,6 +18,8 @@ from learnedopt.runs.folder import Record, RunFolder, Writer
 from learnedopt.runs.provenance import hardware, source_commit
 
 Stop = Callable[[], bool]
+_SAVE_AFTER = 60.0
+"""Seconds of work within one record after which a checkpoint is written."""
 
 
 class OtherRunError(ValueError):
@@ -34,8 +37,33 @@ class Trainable(ABC):
     """Tells apart the weights that training began with; "" for those drawn from a seed."""
     seconds: float = 0.0
     """Of training so far, over all sittings."""
+    _began: float = 0.0
+    """When training would have begun in a single sitting."""
     best_score: float
     """That of the best validation so far."""
+
+    @property
+    def parts(self) -> int:
+        """How many parts of the next record the log has."""
+        return 0
+
+    @cached_property
+    def listeners(self) -> list[Callable[[Record], None]]:
+        """Called with what :meth:`tell` is given."""
+        return []
+
+    def tell(self, record: Record) -> None:
+        """Say what was done within a record that takes long: its ``part``, from 0 to 1, and whatever else is known.
+
+        With a ``gain`` it is the end of a part, which the log has. ``seconds`` is the same in all processes.
+        """
+        for listener in self.listeners:
+            listener(record)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training up to now, over all sittings."""
+        return time.perf_counter() - self._began
 
     @property
     @abstractmethod
@@ -59,18 +87,22 @@ class Trainable(ABC):
 
     @abstractmethod
     def records(self, stop: Stop) -> Iterator[Record]:
-        """Train on, a record at a time, until all is done or ``stop``, asked once for each, says so."""
+        """Train on, a record at a time, until all is done or ``stop`` says so, asked once for each.
+
+        Where one takes longer than seconds it is asked within it too, and :meth:`state_dict` has what was done.
+        """
 
     def run(self, time_limit: float = math.inf, stop: Stop = lambda: False) -> Iterator[Record]:
         """Train on from where this stands, yielding :meth:`records` with ``seconds``, those of all sittings.
 
         Args:
             time_limit: Stop cleanly after this many seconds.
-            stop: Asked once for each record; stop cleanly where it says so.
+            stop: Asked once for each record, or more often; stop cleanly where it says so.
         """
-        started, before = time.perf_counter(), self.seconds
+        started = time.perf_counter()
+        self._began = started - self.seconds
         for record in self.records(lambda: stop() or time.perf_counter() - started > time_limit):
-            self.seconds = before + time.perf_counter() - started
+            self.seconds = self.elapsed
             yield record | {"seconds": self.seconds}
 
     @abstractmethod
@@ -191,6 +223,9 @@ class Run(Generic[T, E_co]):
         (closes the generator). An exception in the middle of an update leaves the last checkpoint as it is: half an
         update cannot be continued exactly. Log lines past the checkpoint are dropped on resuming.
 
+        Where a record takes long, its parts are lines of the log too, told by their key ``part``, and a checkpoint is
+        written every minute.
+
         Raises:
             ValueError: another process is at work in the folder.
             OSError: a file cannot be written, as where the disk is full.
@@ -200,7 +235,21 @@ class Run(Generic[T, E_co]):
             writers: list[Writer] = []
             if trainer.writes:
                 stack.enter_context(self._files.locked())
-                writers = self._files.writers(stack, trainer.unit, trainer.done, self.tensorboard)
+                writers = self._files.writers(stack, trainer.unit, trainer.done, self.tensorboard, trainer.parts)
+            saved = trainer.seconds
+
+            def part(record: Record) -> None:
+                nonlocal saved
+                if "gain" in record and writers:
+                    (write, flush), *_ = writers
+                    write(record)
+                    flush()
+                if record["seconds"] - saved > _SAVE_AFTER:
+                    self._save(writers)
+                    saved = record["seconds"]
+
+            trainer.listeners.append(part)
+            stack.callback(trainer.listeners.remove, part)
             try:
                 for record in trainer.run(time_limit, stop):
                     for write, _ in writers:

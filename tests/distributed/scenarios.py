@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -40,9 +41,9 @@ from learnedopt import LearnedOptimizer, MetaLSTMOptimizer
 from learnedopt.kernels.core import blocks
 from learnedopt.kernels.core.blocked import BlockedBackend
 from learnedopt.kernels.core.native import NativeBackend
-from learnedopt.rules import MetaLSTMConfig, MetaLSTMRule
+from learnedopt.rules import ChainRule, MetaLSTMConfig, MetaLSTMRule
 from learnedopt.rules.coordinates import AGE
-from tests.optim.reference import CASES, Case, TraceRule, same_bits
+from tests.optim.reference import CASES, KINDS, Case, TraceRule, same_bits, trained
 
 WORLD = 2
 BATCH = 8
@@ -84,7 +85,7 @@ def batches(dtype: torch.dtype, first: int, steps: int) -> Iterator[tuple[Tensor
         yield x, x.square().sum(1, keepdim=True)
 
 
-def train(net: nn.Module, optimizer: LearnedOptimizer, steps: int, first: int = 0) -> None:
+def train(net: nn.Module, optimizer: LearnedOptimizer | ZeroRedundancyOptimizer, steps: int, first: int = 0) -> None:
     """On whole batches: what the processes together must equal."""
     for x, y in batches(next(net.parameters()).dtype, first, steps):
         optimizer.zero_grad()
@@ -401,6 +402,96 @@ def a_learned_initialization_is_sharded() -> None:
     assert rule.initial_params is not None
     for param, value in zip(net.parameters(), rule.initial_params):
         assert torch.equal(full(param), value)
+
+
+@scenario
+def averages_of_sharded_tensors_are_those_of_whole_ones() -> None:
+    """Also of matrices in bases, whose state every process has whole; and parameters come back bit for bit."""
+    for rule in (KINDS["chain"].rule(), trained(ChainRule(), scale=0.1)):
+        mesh, generator = line(), torch.Generator().manual_seed(0)
+        values = [torch.randn(shape, generator=generator) for shape in ((5, 6), (7,), (3, 2, 2), (1, 4))]
+        plain = [nn.Parameter(value.clone()) for value in values]
+        params = [spread_parameter(value, mesh, Shard(0)) for value in values]
+        expected, optimizer = LearnedOptimizer(plain, rule), LearnedOptimizer(params, rule)
+        for _ in range(3):
+            for one, many in zip(plain, params):
+                one.grad = torch.randn(one.shape, generator=generator)
+                many.grad = distribute_tensor(one.grad, mesh, [Shard(0)], src_data_rank=None)
+            expected.step()
+            optimizer.step()
+        before = everything(optimizer)
+        ends = [param.detach().clone() for param in plain]
+        with expected.averaged_parameters(), optimizer.averaged_parameters():
+            assert not any(torch.equal(one, end) for one, end in zip(plain, ends))
+            for one, many in zip(plain, params):
+                torch.testing.assert_close(full(many), one.detach(), rtol=1e-5, atol=1e-5)
+        assert same_bits([*everything(optimizer).values()], [*before.values()])
+
+
+# ----------------------------------------------------------------------------------------------------- other wrappers
+
+
+KINDS_THAT_COUNT = ("schedule-free", "eigenbasis", "chain")
+"""Whose steps depend on how many tensors are trained together."""
+
+
+@scenario
+def zero_redundancy_equals_one_optimizer() -> None:
+    """Each process steps for some of the tensors; what it cannot count it is told."""
+    rules: list[Any] = [
+        *(KINDS[name].rule() for name in KINDS_THAT_COUNT),
+        CASES["adam-lstm"].rule(),
+        "default",
+        "light",
+    ]
+    for rule in rules:
+        alone, net = network(torch.float64), network(torch.float64)
+        expected = LearnedOptimizer(alone.parameters(), rule)
+        optimizer = ZeroRedundancyOptimizer(net.parameters(), LearnedOptimizer, rule=rule, together=4)
+        assert 0 < sum(len(group["params"]) for group in optimizer.optim.param_groups) < 4
+        train(alone, expected, 30)
+        train(net, optimizer, 30)
+        for param, value in zip(net.parameters(), alone.parameters()):
+            # Matrices that are stacked with others elsewhere are rounded in another way.
+            torch.testing.assert_close(param, value, rtol=1e-7, atol=1e-7)
+
+
+@scenario
+def without_being_told_zero_redundancy_differs() -> None:
+    """Which is what the number is for."""
+    alone, net = network(torch.float64), network(torch.float64)
+    expected = LearnedOptimizer(alone.parameters(), KINDS["chain"].rule())
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), LearnedOptimizer, rule=KINDS["chain"].rule())
+    train(alone, expected, 3)
+    train(net, optimizer, 3)
+    assert any(not torch.allclose(*pair, rtol=1e-4) for pair in zip(net.parameters(), alone.parameters()))
+
+
+@scenario
+def flat_parameters_are_refused_for_rules_that_look_at_whole_tensors() -> None:
+    for orig in (True, False):
+        net = FullyShardedDataParallel(network(), use_orig_params=orig, device_id=torch.device("cpu"))
+        for rule in (None, "light", *(KINDS[name].rule() for name in ("adam-lstm", "separate-lstm", "chain"))):
+            with pytest.raises(ValueError, match=r"FSDP1.* looks at whole tensors.*FSDP2"):
+                LearnedOptimizer(net.parameters(), rule)
+        optimizer = LearnedOptimizer([torch.ones(2, requires_grad=True)], "light")
+        with pytest.raises(ValueError, match="FSDP2"):
+            optimizer.add_param_group({"params": net.parameters()})
+        assert len(optimizer.param_groups) == 1
+
+
+@scenario
+def flat_parameters_are_right_for_rules_of_single_coordinates() -> None:
+    rule = CASES["lstm"].rule()
+    alone = network()
+    expected = LearnedOptimizer(alone.parameters(), rule)
+    train(alone, expected, 3)
+    net = FullyShardedDataParallel(network(), use_orig_params=False, device_id=torch.device("cpu"))
+    train_on_my_half(net, LearnedOptimizer(net.parameters(), rule), 3)
+    with FullyShardedDataParallel.summon_full_params(net):
+        found = torch.cat([param.flatten() for param in net.parameters()])
+        wanted = torch.cat([param.flatten() for param in alone.parameters()])
+        torch.testing.assert_close(found[: wanted.numel()], wanted, rtol=1e-5, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

@@ -249,3 +249,15 @@ def test_the_command_lists_tasks_and_refuses_what_is_not_there(
     assert all(task.name in listed for tasks in TASK_SETS.values() for task in tasks)
     assert main(["benchmark", "report", str(tmp_path / "no.jsonl")]) == 2
     assert main(["benchmark", "run", "--tasks", "mnist-50", "--out", str(tmp_path / "r.jsonl")]) == 2
+
+
+def test_a_task_without_its_data_fails_where_it_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for names in (["mnist"], ["mnist", "quadratic"]):
+        run = ["benchmark", "run", "--tasks", *names, "--optimizers", "adam", "--untuned", "--horizon", "10"]
+        assert main([*run, "--out", str(tmp_path / "results.jsonl")]) == 2
+        captured = capsys.readouterr()
+        assert "skipped mnist: task 'mnist' needs downloaded data" in captured.out
+        assert captured.err == "error: not run, though asked for by name: mnist\n"
+    assert ("quadratic" in captured.out) and "loss" in captured.out, "the others are run"

@@ -56,3 +56,25 @@ def test_what_is_no_record_is_refused(tmp_path: Path, line: str) -> None:
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=r"line 1 of .* is no record of a benchmark"):
         records.read(path)
+
+
+def test_a_byte_that_changes_is_found_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for number in (1, 2, 3):
+        records.append(path, {"kind": "run", "losses": [0.5, number]})
+    data = path.read_bytes()
+    first, second, _ = (place for place, byte in enumerate(data) if byte == ord("\n"))
+    for place in range(first + 1, second + 1):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=r"line [23] of .*results.jsonl was changed after it was written"):
+                records.read(path)
+
+
+def test_lines_without_a_checksum_load_and_may_be_followed_by_others(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"kind":"run","losses":[0.5]}\n')
+    records.append(path, {"kind": "skip"})
+    assert records.read(path) == [{"kind": "run", "losses": [0.5]}, {"kind": "skip"}]

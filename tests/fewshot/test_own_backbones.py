@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -250,3 +253,19 @@ def test_a_learner_remembers_what_its_backbone_was_built_from() -> None:
     learner = MAMLConfig().build(Conv4(2), LearnerShape((1, 16, 16), 2))
     assert learner.backbone == learner.with_config(steps=2).backbone == Conv4(2)
     assert make("maml").backbone is None
+
+
+def test_shapes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
+    """Three terabytes of it here."""
+    learner = ProtoNetConfig().build(MLP((4,)), LearnerShape((3,), ways=2))
+    entry = save_learner(learner, tmp_path / "mine")
+    config = json.loads((entry.path / "config.json").read_text())
+    config["backbone"]["hidden"] = [4, 900_000, 900_000]
+    described = {key: config[key] for key in ("learner", "backbone", "shape")}
+    tensors = safetensors.torch.load((entry.path / "weights.safetensors").read_bytes())
+    data = safetensors.torch.save(tensors, {"learner": json.dumps(described)})
+    (entry.path / "weights.safetensors").write_bytes(data)
+    config["sha256"] = hashlib.sha256(data).hexdigest()
+    (entry.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ZooError, match="does not match its configuration: missing tensors"):
+        load_learner(entry.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Generator, Tensor
 from learnedopt.rules import RULES, UpdateRule, build_rule
 from learnedopt.tasks import Batch, MLPClassification, Params, Quadratics, Split, Task, TaskFamily
 
-KINDS = sorted(RULES)
+# Those that there is something to learn of.
+KINDS = sorted(kind for kind in RULES if any(True for _ in build_rule({"kind": kind}).parameters()))
 SMALL_MLP = MLPClassification(hidden_sizes=((3,),), activations=("tanh",), batch_sizes=(4,), initial_std=None)
 FAMILIES: dict[str, TaskFamily] = {"quadratic": Quadratics(dimension=3), "mlp": SMALL_MLP}
 
@@ -23,7 +25,9 @@ def random_rule(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) ->
         "schedule_free": frame,
         "in_eigenbases": {"kind": "in_eigenbases", "inner": frame | {"square_decay": 0.99}},
     }
-    rule = build_rule(composed.get(kind, {"kind": kind, "hidden_size": 3})).to(dtype)
+    has_units = any(field.name == "hidden_size" for field in dataclasses.fields(RULES[kind].config_class))
+    alone = {"kind": kind, "hidden_size": 3} if has_units else {"kind": kind}
+    rule = build_rule(composed.get(kind, alone)).to(dtype)
     generator = Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in rule.parameters():

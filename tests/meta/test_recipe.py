@@ -91,6 +91,21 @@ def test_a_curriculum_is_chosen_with_a_colon(arguments: str, expected: Growing |
     assert isinstance(none, MetaTrainConfig) and none.curriculum is None
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--training.estimator.std 0.02 --training.updates 7 training.estimator:pes",
+        "training.estimator:pes --training.updates 7 --training.estimator.std 0.02",
+        "training.imitation.teacher:sgd-teacher --training.estimator.std 0.02 training.imitation:imitation "
+        "training.estimator:pes --training.updates 7",
+    ],
+)
+def test_settings_come_in_any_order(arguments: str) -> None:
+    training = overridden(TINY, arguments.split()).training
+    assert isinstance(training, MetaTrainConfig)
+    assert (training.updates, training.estimator) == (7, PES(std=0.02))
+
+
 @pytest.mark.parametrize("arguments", ["--training.updtes 7", "--training.updates many", "training.estimator:adam"])
 def test_a_setting_that_does_not_exist_is_an_error(arguments: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -291,3 +306,8 @@ def test_other_commands_take_no_settings(capsys: Captured) -> None:
         main(["zoo", "list", "--training.updates", "3"])
     assert raised.value.code == 2
     assert "unrecognized arguments: --training.updates 3" in capsys.readouterr().err
+
+
+def test_checkpoints_are_a_number_of_updates_apart() -> None:
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        replace(TINY, checkpoint_every=0)

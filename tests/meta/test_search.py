@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,13 +80,71 @@ def test_an_interrupted_search_is_the_uninterrupted_one(tmp_path: Path) -> None:
         Run(other, tmp_path / "parts")
 
 
-def test_the_command_line_runs_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_search_stops_within_a_generation_and_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    config = replace(CONFIG, updates=2, horizon=6, copies=copies)
+    recipe = Recipe("mine", "a search", "quadratics", RULE, config, lambda root: FAMILY, checkpoint_every=1)
+    whole = Run(recipe, tmp_path / "whole")
+    expected = [{**record, "seconds": 0} for record in whole.run()]
+    monkeypatch.setattr("learnedopt.meta.search._TURN", 0.0)  # asked after every step
+    found, sittings = [], 0
+    while not (part := Run(recipe, tmp_path / "parts")).trainer.finished:
+        found += [{**record, "seconds": 0} for record in part.run(time_limit=0.0)]
+        sittings += 1
+        if sittings % 5 == 0:  # the same object may go on too
+            found += [{**record, "seconds": 0} for record in part.run(time_limit=0.0)]
+    assert sittings > 15
+    assert found == expected
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    logs = [[{**json.loads(line), "seconds": 0} for line in log] for log in logs]
+    assert logs[0] == logs[1] and len(logs[0]) == 6, "two tasks and a record for either generation"
+    assert all({"task", "gain", "start", "end"} <= line.keys() for line in logs[0] if "part" in line)
+
+
+def test_a_killed_search_loses_a_minute_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learnedopt.meta.search._TURN", 0.0)
+    monkeypatch.setattr("learnedopt.runs.run._SAVE_AFTER", 0.0)
+    recipe = Recipe("mine", "a search", "quadratics", RULE, replace(CONFIG, updates=1), lambda root: FAMILY)
+    killed = Run(recipe, tmp_path)
+
+    def kill(record: dict[str, object]) -> None:
+        if "gain" in record:
+            raise SystemError
+
+    killed.trainer.listeners.append(kill)
+    with pytest.raises(SystemError):
+        list(killed.run())
+    again = Run(recipe, tmp_path)
+    (record,) = again.run()
+    (expected,) = Search(RULE, FAMILY, replace(CONFIG, updates=1)).run()
+    assert {**record, "seconds": 0} == {**expected, "seconds": 0}
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["trainer"]["scores"] and not state["trainer"]["trials"]
+
+
+def test_the_command_line_says_what_a_search_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("learnedopt.meta.search._TURN", 0.0)
+    monkeypatch.setattr("learnedopt.runs.progress._EVERY", 0.0)
     recipe = tmp_path / "mine.py"
-    recipe.write_text(
-        """
+    recipe.write_text(SEARCH)
+    again = ["meta-train", str(recipe), "--out", str(tmp_path / "run"), "--training.updates", "1"]
+    assert main([*again, "--time-limit", "0"]) == 0
+    output = capsys.readouterr().out
+    assert "update 1, 8 %  Quadratics" in output
+    assert "stopped at update 0, all of it saved" in output
+    assert main(again) == 0
+    assert re.search(
+        r"update 1, 100 %  Quadratics: loss \S+, the start's \S+  \d+ s  \d+ min left", capsys.readouterr().out
+    )
+
+
+SEARCH = """
 from learnedopt.meta import Recipe, SearchConfig
 from learnedopt.rules import ScheduleFreeConfig
-from learnedopt.runs import Run
 from learnedopt.tasks import Mixture, Quadratics
 
 coordinates = (("modulator.readout.bias[0]", 0.0, 0.5), ("modulator.readout.bias[3]", 0.0, 0.5))
@@ -92,7 +152,11 @@ search = SearchConfig(updates=9, coordinates=coordinates, population=4, horizon=
 rule = ScheduleFreeConfig()
 RECIPE = Recipe("mine", "a search", "quadratics", rule, search, lambda root: Mixture((Quadratics(),)))
 """
-    )
+
+
+def test_the_command_line_runs_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(SEARCH)
     command = ["meta-train", str(recipe), "--out", str(tmp_path / "run"), "--export", str(tmp_path / "zoo")]
     assert main([*command, "--training.updates", "2"]) == 0
     assert "at update 2" in capsys.readouterr().out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -104,7 +104,7 @@ def descending_lstm() -> LSTMRule:
     return rule
 
 
-def in_bases(layers: int = 0, **settings: int) -> InEigenbases:
+def in_bases(layers: int = 0, **settings: Any) -> InEigenbases:
     """The default's form, with so many layers of an LSTM of four units."""
     modulator = CoordinateLSTM(hidden_size=4, num_layers=layers) if layers else PowerLaws()
     return InEigenbases(InEigenbasesConfig(ScheduleFreeConfig(modulator, square_decay=0.99), **settings))
@@ -138,9 +138,10 @@ CASES = {
         LearnedOptimizer,
         lambda: trained(in_bases(layers=2, settling=2, interval=2), scale=0.1),
     ),
-    "chain": Case(LearnedOptimizer, lambda: trained(chain(), scale=0.1)),
     "trace": Case(LearnedOptimizer, TraceRule),
 }
+KINDS = CASES | {"chain": Case(LearnedOptimizer, lambda: trained(chain(), scale=0.1))}
+"""With a chain: ``lr`` is no plain factor of its moves, and strided parameters are rounded in another way."""
 
 
 def _draw(generator: Generator, *shape: int) -> Tensor:

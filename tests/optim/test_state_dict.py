@@ -101,6 +101,7 @@ def test_the_state_dict_holds_tensors_and_plain_values_only() -> None:
             "mask_zero_gradients": bool,
             "nonfinite": str,
             "state_dtype": str,
+            "together": type(None),
             "rule": str,
             "rule_sha256": str,
         }
@@ -193,12 +194,12 @@ def test_state_of_other_shapes_is_refused_by_name(case: Case) -> None:
 def test_a_checkpoint_without_newer_options_loads_and_leaves_them_as_constructed() -> None:
     optimizer, generator = started(CASES["trace"])
     saved = optimizer.state_dict()
-    newer = ("maximize", "nonfinite")
+    newer = ("maximize", "nonfinite", "together", "mask_zero_gradients")
     for key in newer:
         del saved["param_groups"][0][key]
     optimizer.load_state_dict(saved)
     go_on(optimizer, generator, 1)
-    assert [optimizer.param_groups[0][key] for key in newer] == [False, "propagate"]
+    assert [optimizer.param_groups[0][key] for key in newer] == [False, "propagate", None, False]
     params = [param.detach().clone().requires_grad_() for param in optimizer.param_groups[0]["params"]]
     asked = CASES["trace"].build(params, nonfinite="skip")
     asked.load_state_dict(saved)
@@ -209,7 +210,7 @@ def test_an_optimizer_pickled_before_newer_options_unpickles() -> None:
     optimizer, generator = started(CASES["trace"])
     state = copy.deepcopy(optimizer.__getstate__())
     for options in (state["defaults"], *state["param_groups"]):
-        for key in ("maximize", "nonfinite"):
+        for key in ("maximize", "nonfinite", "together", "mask_zero_gradients"):
             del options[key]
     old = LearnedOptimizer.__new__(LearnedOptimizer)
     old.__setstate__(state)

@@ -164,23 +164,6 @@ def test_each_group_may_ask_for_its_own() -> None:
     assert [optimizer.state[param]["h"].dtype for param in params] == [torch.int8, torch.bfloat16]
 
 
-def test_a_step_with_state_in_eight_bits_compiles_whole() -> None:
-    torch.compiler.reset()
-    results = []
-    for compiled in (False, True):
-        generator = torch.Generator().manual_seed(0)
-        params = draw_params(generator, ["vector", "5-d"])
-        optimizer = CASES["adam-lstm"].build(
-            params, state_dtype=torch.int8, backend="auto" if compiled else "reference"
-        )
-        step = torch.compile(optimizer.step, backend="eager", fullgraph=True) if compiled else optimizer.step
-        for _ in range(2):
-            draw_grads(generator, params)
-            step()
-        results.append(snapshot(optimizer))
-    assert same_bits(*results)
-
-
 @pytest.mark.parametrize("bad", [torch.float16, torch.float64, "int4", None])
 def test_other_dtypes_are_refused_for_the_optimizer_and_for_a_group(bad: Any) -> None:
     params = draw_params(torch.Generator(), ["vector"])

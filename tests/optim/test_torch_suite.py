@@ -42,6 +42,8 @@ except ImportError as error:
 NOT_APPLICABLE = {
     "test_step_is_noop_for_zero_grads": "LSTMRule has a bias in its read-out and MetaLSTMRule a forget gate that "
     "decays, as published. Runs for the default rule; each rule says which in zero_gradient_is_noop.",
+    "test_complex_2d": "compares a complex tensor with two real ones, its parts. Here it is one tensor of pairs, "
+    "also to what asks about whole tensors: test_complex compares with that.",
     "test_load_nontensor_step": "for checkpoints of torch before 1.12, which kept the step as a number; none is older "
     "here, and a number in place of a tensor is refused with the parameter's name.",
     "test_rosenbrock_sparse": "sparse gradients are refused, as by Adam.",

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler
 
 from learnedopt import LearnedOptimizer
-from learnedopt.kernels.core import blocks
 from learnedopt.rules.coordinates import AGE
 from tests.optim.reference import (
     CASES,
+    KINDS,
     LAYOUTS,
     Case,
     ReferenceLoop,
@@ -145,43 +146,58 @@ def test_accumulated_and_clipped_gradients_are_what_the_rule_sees(case: Case) ->
 # Compilation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("case", "nonfinite"),
-    [*((case, "propagate") for name, case in CASES.items() if name != "eigenbasis"), (CASES["trace"], "skip")],
-    ids=[*(name for name in CASES if name != "eigenbasis"), "trace, skip"],
-)
-def test_a_step_compiles_whole_from_the_first_on(case: Case, nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK", 16)
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS.keys())
+def test_a_compiled_step_is_the_eager_one_to_the_last_bit(case: Case) -> None:
+    """Nothing of it is compiled, so that it is as fast."""
     torch.compiler.reset()
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
     results = []
     for compiled in (False, True):
         g = generator()
-        params = draw_params(g, ["vector", "5-d"])  # a block of small tensors, a tensor of several blocks
-        # What is compiled is the reference, so that is what it is compared with, bit by bit.
-        optimizer = case.build(params, nonfinite=nonfinite, backend="auto" if compiled else "reference")
-        step = torch.compile(optimizer.step, backend="eager", fullgraph=True) if compiled else optimizer.step
-        for _ in range(2):
-            draw_grads(g, params)
+        optimizer = case.build(
+            draw_params(g, ["vector", "5-d", "matrix"]), nonfinite="skip", state_dtype=torch.bfloat16
+        )
+        step = torch.compile(optimizer.step, backend=compiler) if compiled else optimizer.step
+        for _ in range(3):
+            draw_grads(g, optimizer.param_groups[0]["params"])
             step(loss=torch.tensor(1.0))
         results.append(snapshot(optimizer))
     assert same_bits(*results)
+    assert not graphs
 
 
-def test_a_step_in_bases_is_taken_outside_of_what_is_compiled() -> None:
-    """At which steps bases follow, the host decides."""
+def test_a_step_in_one_graph_is_refused_in_a_sentence() -> None:
     torch.compiler.reset()
-    results = []
-    for compiled in (False, True):
-        g = generator()
-        params = draw_params(g, ["vector", "5-d"])
-        optimizer = CASES["eigenbasis"].build(params, backend="reference")
-        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
-        for _ in range(5):
-            draw_grads(g, params)
-            step()
-        results.append(snapshot(optimizer))
-    # What is compiled is taken apart from what is in bases: products of other sizes are rounded in another way.
-    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+    optimizer = CASES["trace"].build(draw_params(generator(), ["vector"]))
+    with pytest.raises(Exception, match="a step of learnedopt has kernels of its own, and is not compiled"):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+
+
+def test_what_a_closure_calls_stays_compiled() -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    net = nn.Linear(3, 2)
+    compiled = torch.compile(net, backend=compiler)
+    optimizer = CASES["trace"].build([*net.parameters()])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = compiled(torch.ones(4, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(graphs) == 1
 
 
 # Parameters and state in other hands -------------------------------------------------------------------------------

@@ -116,7 +116,9 @@ def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """Of whole updates: version 0.1 knew no others."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if "part" not in record]
 
 
 def as_now(state: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,6 @@ def step(backend: Backend, rule: InEigenbases, tensors: Tensors, options: StepOp
         _step_matrices(backend, rule, tensors, options)
 
 
-@torch.compiler.disable(reason="the host decides at which steps bases follow")
 def _step_matrices(backend: Backend, rule: InEigenbases, tensors: Tensors, options: StepOptions) -> None:
     if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(

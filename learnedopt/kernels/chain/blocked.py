@@ -76,7 +76,7 @@ def step(rule: ChainRule, tensors: Tensors, options: StepOptions) -> None:
     bases = first.coordinates if isinstance(first, InEigenbases) else None
     normalized: Any = first.inner if isinstance(first, InEigenbases) else first
     assert isinstance(then, LawsRule) and isinstance(normalized, NormalizedGradientRule)
-    matrices = [_Matrix(tensors, index, then.way_limit) for index in range(len(tensors.params))]
+    matrices = [Matrix(tensors, index, then.way_limit) for index in range(len(tensors.params))]
     totals = torch.tensor([[*matrix.totals, matrix.square] for matrix in matrices], dtype=torch.float64).T
     means = (totals / torch.tensor([max(count, 1) for count in tensors.counts])).to(tensors.dtype)
     names = [name for name, spec in rule.state_spec().items() if spec.scope == "tensor"]
@@ -104,7 +104,7 @@ def step(rule: ChainRule, tensors: Tensors, options: StepOptions) -> None:
     keep_tensor_state(tensors.states, tensor_state | changed, None)
 
 
-class _Matrix:
+class Matrix:
     """A tensor: its parameters and gradient as they are computed with, and its state."""
 
     def __init__(self, tensors: Tensors, index: int, limit: float) -> None:
@@ -148,7 +148,7 @@ class _Matrix:
     def run(self, bases: Eigenbases | None, moves: _Moves) -> None:
         if AGE in self._state:
             assert bases is not None
-            self._run_in_bases(bases, moves)
+            self.run_in_bases(bases, moves)
         else:
             everything = self._param, self._grad, self._state["square"], self._state["offset"]
             flat = [x.view(-1) for x in everything]
@@ -160,7 +160,7 @@ class _Matrix:
         if self._param is not self._original and moves.lr:
             self._original.copy_(self._param)
 
-    def _run_in_bases(self, bases: Eigenbases, moves: _Moves) -> None:
+    def run_in_bases(self, bases: Eigenbases, moves: _Moves) -> None:
         state, shape = self._state, as_matrix(self._param.shape)
         param, grad, offset, square = (
             x.view(shape) for x in (self._param, self._grad, state["offset"], state["square"])
@@ -168,7 +168,7 @@ class _Matrix:
         age = next_age(int(state[AGE]), self.square != 0.0 or bool(grad.any()))
         if age:
             state[AGE].fill_(age)
-            self._follow(bases, grad, square, age)
+            self.follow(bases, grad, square, age)
         threshold = bases.threshold * math.sqrt(self.square)
         moves = _Moves(**{**vars(moves), "threshold": threshold})
         tiles = _Tiles(state, shape)
@@ -176,7 +176,7 @@ class _Matrix:
             direction = moves.normalize(*_room(enter(grad[tile]), square[tile]))
             moves.move(param[tile], offset[tile], leave(direction))
 
-    def _follow(self, bases: Eigenbases, grad: Tensor, square: Tensor, age: int) -> None:
+    def follow(self, bases: Eigenbases, grad: Tensor, square: Tensor, age: int) -> None:
         state = self._state
         own = {name: state[name] for name in state if name.endswith(("_factor", "_basis"))}
         if (decay := bases.factor_decay(age)) is not None:

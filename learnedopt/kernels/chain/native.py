@@ -86,12 +86,6 @@ def serves(rule: ChainRule) -> bool:
     return type(first) is NormalizedGradientRule and type(rule.then) is LawsRule
 
 
-def takes(tensors: Tensors, index: int) -> bool:
-    """Whether a tensor can be worked on where it is."""
-    both = tensors.params[index], tensors.grads[index]
-    return not tensors.maximize and all(x.dtype is torch.float32 and x.is_contiguous() for x in both)
-
-
 def step(rule: ChainRule, tensors: Tensors, options: StepOptions) -> list[int]:
     """A step of the tensors whose gradients have squares in float32; which have none, and have not moved."""
     program = _PROGRAMS.get(rule)
@@ -108,9 +102,14 @@ def step(rule: ChainRule, tensors: Tensors, options: StepOptions) -> list[int]:
         own += [state[name] for name in _own_names(state)]
         sides.append(_sides(program.bases, param.shape))
     names = _COORDINATES + _SCALARS
+    # What is not in order in memory, or not in float32, is copied: all tensors take one way, whatever their layout.
+    params = [param.to(torch.float32).contiguous() for param in tensors.params]
+    grads = [grad.to(torch.float32).contiguous() for grad in tensors.grads]
+    if tensors.maximize:
+        grads = torch._foreach_neg(grads)
     left: list[int] = extension.operators().chain_step.default(
-        list(tensors.params),
-        list(tensors.grads),
+        params,
+        grads,
         [state[name] for state in tensors.states for name in names],
         own,
         list(chain.from_iterable(sides)),
@@ -120,6 +119,10 @@ def step(rule: ChainRule, tensors: Tensors, options: StepOptions) -> list[int]:
         options.weight_decay,
         tensors.num_together,
     )
+    if options.lr:
+        for index, (param, moved) in enumerate(zip(tensors.params, params)):
+            if moved is not param and index not in left:
+                param.copy_(moved)
     return left
 
 

@@ -27,11 +27,7 @@ def step(backend: Backend, rule: ChainRule, tensors: Tensors, options: StepOptio
         return
     rest = list(range(len(tensors.params)))
     if backend.name == "native":
-        taken = [index for index in rest if native.takes(tensors, index)]
-        here = tensors if len(taken) == len(rest) else tensors.select(taken)
-        left = native.step(rule, here, options) if taken else []
-        moved = set(taken).difference(taken[index] for index in left)
-        rest = [index for index in rest if index not in moved]
+        rest = native.step(rule, tensors, options)
     if rest:
         blocked.step(rule, tensors if len(rest) == len(tensors.params) else tensors.select(rest), options)
 

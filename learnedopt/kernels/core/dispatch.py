@@ -102,11 +102,7 @@ def step(backend: Backend, rule: UpdateRule, tensors: Tensors, options: StepOpti
         backend: One that can serve, from :func:`~learnedopt.kernels.choose`.
         rule: Frozen, on the tensors' device, in the dtype that is computed in.
     """
-    if torch.compiler.is_compiling() and backend.name != "reference":
-        _step_outside_the_graph(backend, rule, tensors, options)
-        return
-    # The host reads its own memory without waiting; a compiler, though, wants tensors to stay tensors.
-    if tensors.device.type == "cpu" and not torch.compiler.is_compiling():
+    if tensors.device.type == "cpu":  # the host reads its own memory without waiting
         if options.skip is not None and options.skip:
             return
         options = replace(options, lr=float(options.lr), skip=None)
@@ -132,8 +128,3 @@ def keep_tensor_state(states: Sequence[State], tensor_state: State, skip: Tensor
         kept = [state[name] for state in states]
         new = values if skip is None else torch.where(skip, torch.stack(kept, dim=-1), values)
         torch._foreach_copy_(kept, list(new.unbind(-1)))
-
-
-@torch.compiler.disable(reason="blocked, native and triton are kernels of their own, and are not compiled once more")
-def _step_outside_the_graph(backend: Backend, rule: UpdateRule, tensors: Tensors, options: StepOptions) -> None:
-    step(backend, rule, tensors, options)
