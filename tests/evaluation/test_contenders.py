@@ -212,6 +212,24 @@ def test_a_copy_that_diverges_is_infinite_from_there_on_and_leaves_the_others_al
     assert np.isfinite(measured.losses[0, 1]).all()
 
 
+@pytest.mark.parametrize("start", [0.01, 1.0, 100.0])
+def test_a_copy_has_diverged_above_a_thousand_times_its_first_loss(start: float) -> None:
+    """Of x squared, which gradient descent multiplies by 1.44 in each step: after nineteen, whatever x was."""
+
+    def growing(copies: int) -> Task:
+        rows = shuffled(torch.zeros(60, 1), torch.zeros(60, 1))
+        return RowsTask(
+            copies,
+            rows,
+            4,
+            lambda generator, copies: {"x": torch.full((copies, 1), start)},
+            lambda params, batch: params["x"].square().sum() + 0.0 * batch[0].sum(),
+        )
+
+    measured = train(Problems(Always(growing), 0, copies=1), find_contender("torch.optim:SGD"), [Setting(1.1)], 25)
+    assert measured.diverged.tolist() == [[19]]
+
+
 def test_settings_and_contenders_meet_the_same_starts_and_a_longer_run_contains_the_shorter() -> None:
     def losses(name: str, steps: int) -> np.ndarray:
         return train(Problems(FAMILY, seed=7, copies=3), find_contender(name), [Setting(0.01)], steps, every=2).losses
