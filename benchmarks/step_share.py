@@ -5,7 +5,8 @@
 
 Rows are fused Adam, Schedule-Free AdamW, torch's Muon (matrices; fused Adam for the rest), SOAP of pytorch_optimizer
 (bases every ten steps), the zoo's ``default`` and ``light``, compiled and without a compiler, and the default's
-predecessor ``sf-eigen-1``. Those whose package is not installed are left out.
+predecessor ``sf-eigen-1``. Those whose package is not installed are left out, and Muon where the processor has no
+instructions for bfloat16: it computes in that, and there a step on the second model takes seconds.
 
 Gradients are those of one batch. Blocks of ten steps, at one of which bases follow, are interleaved, each row once in
 every round; figures are medians over rounds of processor time, divided by ten. The *first step* makes the state.
@@ -120,6 +121,11 @@ def learned(rule: str, backend: str) -> Make:
     return lambda params: [LearnedOptimizer(params, rule=rule, backend=backend)]  # type: ignore[arg-type]
 
 
+def has_bfloat16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
 def muon(params: list[nn.Parameter]) -> list[Optimizer]:
     matrices = [param for param in params if param.dim() == 2]
     others = [param for param in params if param.dim() != 2]
@@ -138,7 +144,7 @@ def optimizers() -> dict[str, Make]:
     found: dict[str, Make | None] = {
         "Adam, fused": lambda params: [Adam(params, fused=True)],
         "Schedule-Free AdamW": installed("schedulefree", "AdamWScheduleFree"),
-        "Muon": muon,
+        "Muon": muon if has_bfloat16() else None,
         "SOAP (pytorch_optimizer)": installed("pytorch_optimizer", "SOAP"),
         "sf-eigen-1": learned("sf-eigen-1", "native"),
         "default": learned("default", "native"),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Nothing is compiled behind the tests' back; those of the compiled kernels ask for them.
+os.environ["LEARNEDOPT_COMPILE"] = "0"
 
 # No deadline: a busy machine is not a failure.
 hypothesis.settings.register_profile("learnedopt", deadline=None, derandomize="CI" in os.environ)

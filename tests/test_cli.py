@@ -391,7 +391,7 @@ def test_the_demo_survives_a_run_that_diverges(own_zoo: Path, elsewhere: Path) -
 
 def test_zoo_show_counts_the_matrices_of_rules_with_bases(capsys: Captured) -> None:
     assert main(["zoo", "show", "default"]) == 0
-    assert "16 bytes per parameter in float32, and 16 more in matrices that are square" in capsys.readouterr().out
+    assert "12 bytes per parameter in float32, and 16 more in matrices that are square" in capsys.readouterr().out
 
 
 OWN_KIND = """

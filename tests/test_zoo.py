@@ -43,6 +43,8 @@ SCORES: dict[str, tuple[TaskFamily, float]] = {
     "cifar10": (ConvPool(channels=((4, 4),), hidden=(16,), batch_sizes=(16,)), 0.533),
     "sf-eigen-1": (RELU, 0.00161),
     "sf-adam-1": (RELU, 0.0187),
+    "sf-eigen-2": (RELU, 0.00149),
+    "sf-adam-2": (RELU, 0.0186),
     "mnist-mlp": (SIGMOID, 0.107),
     "mnist-mlp-curriculum": (RELU, 0.132),
     "quadratic": (Quadratics(entries="gaussian"), 0.00143),

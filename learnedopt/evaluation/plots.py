@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,30 @@ from learnedopt.evaluation.scores import OPPONENTS, TAUS, Entry, Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+COLORS = {
+    "default": "#d62728",
+    "sf-eigen-2": "#d62728",
+    "sf-eigen-1": "#8c1a1a",
+    "light": "#ff7f0e",
+    "sf-adam-2": "#ff7f0e",
+    "sf-adam-1": "#b35900",
+    "adam": "#1f77b4",
+    "adamw": "#17becf",
+    "sgd": "#7f7f7f",
+    "soap": "#9467bd",
+    "muon": "#2ca02c",
+    "adamw-cosine": "#1b3f8b",
+    "schedule-free": "#8c564b",
+    "rmsprop": "#98df8a",
+    "nadam": "#aec7e8",
+    "adam-lstm": "#e377c2",
+    "mnist-mlp": "#bcbd22",
+    "rnnprop": "#006400",
+}
+"""Of the optimizers that the benchmark knows best; an alias has that of the entry."""
+_OTHERS = ("#daa520", "#c49c94", "#ff1493", "#4b0082", "#808000", "#00ced1", "#b8860b", "#2f4f4f")
 
 
 def pictures_of(results: Results) -> dict[str, bytes]:
@@ -48,10 +73,17 @@ def _grid(count: int, columns: int = 4) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
+def color_of(contender: str) -> str:
+    """The color of an optimizer, the same in every picture: its own if it is a known one, else one by its name."""
+    if contender in COLORS:
+        return COLORS[contender]
+    return _OTHERS[zlib.crc32(contender.encode()) % len(_OTHERS)]
+
+
 def _style(results: Results, entry: Entry) -> dict[str, object]:
     """A color for each contender, learned ones thick; whole lines as one would use it: tuned, unless it is learned."""
     return {
-        "color": f"C{results.contenders.index(entry.contender) % 10}",
+        "color": color_of(entry.contender),
         "linewidth": 2.2 if results.is_learned(entry) else 1.2,
         "linestyle": "-" if entry.tuned != results.is_learned(entry) else "-." if entry.tuned else "--",
     }
@@ -59,7 +91,9 @@ def _style(results: Results, entry: Entry) -> dict[str, object]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize="small")
+    # As many columns as the figure has room for, so that no label is cut.
+    columns = max(1, int(figure.get_figwidth() / (0.8 + 0.09 * max(map(len, labels), default=1))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, columns, len(labels)), fontsize="small")
 
 
 def _curves(results: Results, horizon: int) -> Figure:
@@ -150,7 +184,7 @@ def _cost(results: Results, horizon: int) -> Figure | None:
         xlabel="time of a step, in times of its gradient (geometric mean over tasks)",
         ylabel="speed-up in steps over lr-tuned Adam (IQM)",
     )
-    axes.legend(fontsize="small", ncols=2)
+    _legend(figure, axes)
     return figure
 
 

@@ -64,8 +64,8 @@ def read(path: Path) -> list[Record]:
 
     Lines that version 0.1 wrote have no checksum, and are taken as they are.
 
-    Raises ``FileNotFoundError`` if there is no such file, ``ValueError`` if a whole line is not a record, or was changed
-    after it was written.
+    Raises ``FileNotFoundError`` if there is no such file, ``ValueError`` if a whole line is not a record, or was
+    changed after it was written.
     """
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):

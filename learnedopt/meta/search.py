@@ -89,6 +89,11 @@ class Search(RuleTrainer[SearchConfig]):
         self._scales = np.array([scale for _, _, scale in config.coordinates])
         self._scores: list[list[float]] = []
         """Of every generation so far, the gain of each of its settings: all that is needed to go on."""
+        self._settings: NDArray[np.float64] | None
+        """What the generation at work tries, once it was asked for."""
+        self._gains: dict[int, NDArray[np.float64]]
+        self._trials: dict[int, Trial]
+        self._saved: dict[int, dict[str, Any]]  # of trials that have not gone on yet
         self._restart()
 
     @property
@@ -172,37 +177,16 @@ class Search(RuleTrainer[SearchConfig]):
         self.seconds, self.best_score = state["seconds"], state["best_score"]
 
     def _restart(self) -> None:
-        try:
-            import cma
-        except ImportError as error:
-            raise ImportError("a search needs cma: pip install 'learnedopt[train]'") from error
-        generator = torch.Generator().manual_seed(self.config.seed)
-
-        def normal(*shape: int) -> NDArray[np.float64]:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).numpy()
-
-        options = {"popsize": self.config.population, "randn": normal, "seed": math.nan, "verbose": -9}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about options and plotting, from packages that cma looks for
-            self._search: Any = cma.CMAEvolutionStrategy(np.zeros(len(self._scales)), self.config.std, options)
+        self._search = _strategy(self.config)
         self._scores = []
         self.update = 0
-        self._next_generation()
-
-    def _next_generation(self) -> None:
-        self._settings: NDArray[np.float64] | None = None
-        """What the generation at work tries, once it was asked for."""
-        self._gains: dict[int, NDArray[np.float64]] = {}
-        """Of the tasks that were judged in it, of all processes."""
-        self._trials: dict[int, Trial] = {}
-        self._saved: dict[int, dict[str, Any]] = {}
-        """Trials that were saved at work and have not gone on yet."""
+        self._settings, self._gains, self._trials, self._saved = None, {}, {}, {}
 
     def _tell(self, settings: NDArray[np.float64], scores: list[float]) -> None:
         self._search.tell(list(settings), [-score for score in scores])
         self._scores.append(scores)
         self.update = len(self._scores)
-        self._next_generation()
+        self._settings, self._gains, self._trials, self._saved = None, {}, {}, {}
 
     def _weights(self, changes: NDArray[np.float64]) -> Tensor:
         """All meta-parameters of each setting, ``(settings, P)``, for changes of the coordinates."""
@@ -217,7 +201,10 @@ class Search(RuleTrainer[SearchConfig]):
             if index in self._gains:
                 continue
             if (trial := self._trials.get(index)) is None:
-                trial = self._trials[index] = self._trial(index, weights)
+                family, seed = self.family.families[index], _seed(self.config, self.update, index)
+                saved = self._saved.pop(index, None)
+                trial = Trial(self.rule, family, weights, self.config.copies, seed, saved)
+                self._trials[index] = trial
             while trial.done < self.config.horizon:
                 trial.step()
                 if time.perf_counter() > until:
@@ -246,10 +233,26 @@ class Search(RuleTrainer[SearchConfig]):
         task = type(self.family.families[index]).__name__
         self.tell({"update": self.update + 1, "part": part, "task": task, **judged, "seconds": self.seconds})
 
-    def _trial(self, index: int, weights: Tensor) -> Trial:
-        words = np.random.SeedSequence((self.config.seed, self.update, index)).generate_state(1, np.uint64)
-        family, saved = self.family.families[index], self._saved.pop(index, None)
-        return Trial(self.rule, family, weights, self.config.copies, int(words[0]), saved)
+
+def _seed(config: SearchConfig, update: int, index: int) -> int:
+    return int(np.random.SeedSequence((config.seed, update, index)).generate_state(1, np.uint64)[0])
+
+
+def _strategy(config: SearchConfig) -> Any:
+    """The search at its start, as ``cma`` has it."""
+    try:
+        import cma
+    except ImportError as error:
+        raise ImportError("a search needs cma: pip install 'learnedopt[train]'") from error
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def normal(*shape: int) -> NDArray[np.float64]:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).numpy()
+
+    options = {"popsize": config.population, "randn": normal, "seed": math.nan, "verbose": -9}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about options and plotting, from packages that cma looks for
+        return cma.CMAEvolutionStrategy(np.zeros(len(config.coordinates)), config.std, options)
 
 
 def place(rule: UpdateRule, coordinate: str) -> int:

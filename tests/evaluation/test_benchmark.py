@@ -13,11 +13,13 @@ import pytest
 from learnedopt.cli import main
 from learnedopt.evaluation import benchmark, records
 from learnedopt.evaluation.benchmark import Benchmark, Plan, best_setting
+from learnedopt.evaluation.contenders import HAND_WRITTEN
+from learnedopt.evaluation.plots import COLORS, color_of
 from learnedopt.evaluation.records import Record
 from learnedopt.evaluation.report import write_report
 from learnedopt.evaluation.tasks import TASK_SETS
 from learnedopt.rules import LSTMConfig, LSTMRule
-from learnedopt.zoo import save_rule
+from learnedopt.zoo import ALIASES, list_entries, save_rule
 
 TASKS = ("graph-wedges", "quadratic")
 PLAN = Plan(horizon=10, multiples=(1, 2), reporting_seeds=3)
@@ -261,3 +263,11 @@ def test_a_task_without_its_data_fails_where_it_was_asked_for(
         assert "skipped mnist: task 'mnist' needs downloaded data" in captured.out
         assert captured.err == "error: not run, though asked for by name: mnist\n"
     assert ("quadratic" in captured.out) and "loss" in captured.out, "the others are run"
+
+
+def test_a_picture_has_a_color_of_its_own_for_every_known_optimizer() -> None:
+    known = {*HAND_WRITTEN, *list_entries()} - {"quadratic", "quadratic-uniform", "cifar10", "mnist-mlp-curriculum"}
+    colors = {name: color_of(name) for name in known}
+    assert len(set(colors.values())) == len(known)
+    assert known <= COLORS.keys()
+    assert color_of("default") == color_of(ALIASES["default"]) and color_of("light") == color_of(ALIASES["light"])

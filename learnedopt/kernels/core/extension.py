@@ -76,17 +76,16 @@ def compile_in_background() -> str:
             return f"there is no C++ compiler: {_compiler()!r} is not found; install one or name it in CXX"
         if (failure := _folder() / _FAILURE).exists():
             return f"it could not be compiled on this machine, as {failure} says"
-        command = [sys.executable, "-c", f"import os; os.nice(19); from {__name__} import _build; _build(wait=False)"]
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        program = f"import os; os.nice(19); from {__name__} import _build; _build(wait=False)"
+        # By way of a shell that ends at once, so that it is nobody's child and nobody has to wait for it.
+        subprocess.run(
+            ["/bin/sh", "-c", '"$@" < /dev/null > /dev/null 2>&1 &', "sh", sys.executable, "-c", program],
             start_new_session=True,
+            check=True,
             # Not this process's threads, and no process of its own in turn.
             env={**os.environ, "OMP_NUM_THREADS": "1", "LEARNEDOPT_COMPILE": "0"},
         )
-    except OSError as error:
+    except (OSError, subprocess.CalledProcessError) as error:
         return f"it is not compiled on this machine, and cannot be: {error}"
     return "it is being compiled now, in the background: programs that start later will have it"
 
