@@ -111,7 +111,7 @@ def noisy(rule: UpdateRule) -> UpdateRule:
 
 def check(contender: Contender) -> None:
     # Not so fast that it diverges: then there would be little to compare.
-    rate = 0.01 if contender.name == "meta_lstm" else contender.default.lr
+    rate = 0.01 if contender.name in ("meta_lstm", "normalized_gradient") else contender.default.lr
     settings = [Setting(rate * factor, contender.default.weight_decay) for factor in (1.0, 3.0)]
     measured = train(PROBLEMS, contender, settings, STEPS, every=1)
     for place, setting in enumerate(settings):
