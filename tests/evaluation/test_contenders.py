@@ -111,7 +111,7 @@ def noisy(rule: UpdateRule) -> UpdateRule:
 
 def check(contender: Contender) -> None:
     # Not so fast that it diverges: then there would be little to compare.
-    rate = 0.01 if contender.name == "meta_lstm" else contender.default.lr
+    rate = 0.01 if contender.name in ("meta_lstm", "normalized_gradient") else contender.default.lr
     settings = [Setting(rate * factor, contender.default.weight_decay) for factor in (1.0, 3.0)]
     measured = train(PROBLEMS, contender, settings, STEPS, every=1)
     for place, setting in enumerate(settings):
@@ -210,6 +210,24 @@ def test_a_copy_that_diverges_is_infinite_from_there_on_and_leaves_the_others_al
     assert (measured.diverged[0] == -1).all() and (measured.diverged[1] >= 0).all()
     assert np.isinf(measured.losses[-1, 1]).all() and np.isinf(measured.held_out[-1, 1]).all()
     assert np.isfinite(measured.losses[0, 1]).all()
+
+
+@pytest.mark.parametrize("start", [0.01, 1.0, 100.0])
+def test_a_copy_has_diverged_above_a_thousand_times_its_first_loss(start: float) -> None:
+    """Of x squared, which gradient descent multiplies by 1.44 in each step: after nineteen, whatever x was."""
+
+    def growing(copies: int) -> Task:
+        rows = shuffled(torch.zeros(60, 1), torch.zeros(60, 1))
+        return RowsTask(
+            copies,
+            rows,
+            4,
+            lambda generator, copies: {"x": torch.full((copies, 1), start)},
+            lambda params, batch: params["x"].square().sum() + 0.0 * batch[0].sum(),
+        )
+
+    measured = train(Problems(Always(growing), 0, copies=1), find_contender("torch.optim:SGD"), [Setting(1.1)], 25)
+    assert measured.diverged.tolist() == [[19]]
 
 
 def test_settings_and_contenders_meet_the_same_starts_and_a_longer_run_contains_the_shorter() -> None:

@@ -51,6 +51,15 @@ def test_the_start_has_no_gain_over_itself() -> None:
     assert record["gains"] == [0.0, 0.0] and record["center"] != [0.0, 0.0, 0.0]
 
 
+def test_a_gain_early_counts_less_than_one_at_the_end() -> None:
+    """In steps of a curve that hardly falls: 0.3 after a third of it, and 0.7 at its end."""
+    steps = np.arange(900)
+    lower = math.exp(-0.02)  # by half of what counts as the least slope
+    early, late = np.where(steps < 450, lower, 1.0), np.where(steps < 450, 1.0, lower)
+    gains = _gain(np.stack([np.ones(900), early, late, np.full(900, lower)], axis=1))
+    assert gains.tolist() == pytest.approx([0.0, 0.15, 0.35, 0.5], abs=1e-6)
+
+
 def test_an_interrupted_search_is_the_uninterrupted_one(tmp_path: Path) -> None:
     def make(root: Path | None) -> TaskFamily:
         return FAMILY

@@ -23,6 +23,7 @@ from learnedopt.meta import (
     Stages,
     TruncatedBPTT,
     VarianceMixture,
+    episodes,
     load_recipe,
 )
 from learnedopt.rules import AdamLSTMConfig, LSTMConfig, RuleConfig
@@ -77,6 +78,17 @@ def test_validation_is_the_same_at_every_call_and_leaves_training_alone() -> Non
     assert torch.equal(torch.random.get_rng_state(), global_state)
     assert_same(trainer.state_dict(), before)
     assert all(weight.requires_grad for weight in trainer.rule.parameters())
+
+
+def test_validation_is_the_mean_of_the_last_tenth_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unrolled(rule: object, episode: Any, horizon: int, generator: Generator, split: str) -> Any:
+        losses = torch.arange(1.0, horizon + 1.0).unsqueeze(1).expand(-1, len(episode.theta))
+        return losses, episode
+
+    monkeypatch.setattr(episodes, "unroll", unrolled)
+    for horizon, expected in ((40, 38.5), (8, 8.0)):  # the last four; at least one
+        trainer = MetaTrainer(RULE, Quadratics(dimension=2), replace(SHORT, validation_horizon=horizon))
+        assert trainer.validate() == pytest.approx(expected)
 
 
 def test_how_often_validation_runs_does_not_change_training() -> None:

@@ -311,6 +311,14 @@ def test_recurrent_cells_are_those_of_torch(cell: str) -> None:
     torch.testing.assert_close(task.logits({**params, "bias": bias}, x), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_attention_is_that_of_torch() -> None:
+    task = CharAttention(heads=(2, 2)).draw(seeded(0), 1)
+    qkv = torch.randn(3, task.length, 3 * task.width, generator=seeded(1), dtype=torch.float64)
+    q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(task._attend(qkv), expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["char_rnn-tanh", "char_rnn-gru", "char_rnn-lstm", "char_attention-2-2"])
 def test_a_character_is_predicted_from_those_before_it_alone(name: str) -> None:
     task = draw(name, 0)
