@@ -314,3 +314,51 @@ def test_any_rule_runs_in_bases(kind: str) -> None:
 def test_bases_inside_bases_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot have bases inside"):
         InEigenbases(InEigenbasesConfig(inner=InEigenbasesConfig()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        ((512, 512), {"left": (1, 512), "right": (1, 512)}),
+        ((513, 512), {"left": (3, 171), "right": (1, 512)}),  # no cliff
+        ((768, 3072), {"left": (2, 384), "right": (6, 512)}),
+        ((4096, 4096), {"left": (8, 512), "right": (8, 512)}),
+        ((512, 128), {"left": (2, 256), "right": (1, 128)}),
+        ((128, 32), {"left": (1, 128), "right": (1, 32)}),  # small enough to be whole
+        ((8, 768), {"left": (1, 8)}),
+        ((512, 1, 3, 3), {"right": (1, 9)}),
+        ((50257, 384), {"right": (1, 384)}),
+        ((521, 521), {}),  # a prime
+        ((7,), {}),
+        ((1, 9), {}),
+        ((0, 9), {}),
+    ],
+)
+def test_long_sides_are_cut_and_very_long_ones_have_no_bases(
+    shape: tuple[int, ...], sides: dict[str, tuple[int, int]]
+) -> None:
+    coordinates = InEigenbases(InEigenbasesConfig(blocks=True)).coordinates
+    assert coordinates.sides(shape) == sides
+    own = coordinates.initial(shape, torch.float32, torch.device("meta"))
+    numbers = sum(values.numel() for values in own.values())
+    assert 4 * numbers <= 34.0 * math.prod(shape) + 8
+
+
+def test_blocks_of_a_side_have_factors_and_bases_of_their_own() -> None:
+    rule, segments = make_rule(blocks=True, max_side=2), Segments([12], shapes=[(4, 3)])
+    params, grads = (torch.randn(5, 12, generator=generator(seed), dtype=torch.float64) for seed in (0, 1))
+    with torch.no_grad():
+        _, state = run(rule, segments, params, grads)
+    factor, basis = (state[f"left_{what}"].view(2, 2, 2) for what in ("factor", "basis"))
+    assert "right_factor" not in state  # three rows cannot be cut
+    expected = torch.zeros(2, 2, 2, dtype=torch.float64)
+    for grad in grads.view(5, 2, 2, 3):
+        expected = 0.99 * expected + 0.01 * (grad @ grad.mT) / grad.square().sum()
+    torch.testing.assert_close(factor, expected)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(2, dtype=torch.float64).expand(2, 2, 2))
+
+
+def test_factors_that_take_in_every_third_gradient_decay_for_three() -> None:
+    coordinates = InEigenbases(InEigenbasesConfig(settling=2, factor_interval=3)).coordinates
+    decays = [coordinates.factor_decay(age) for age in range(1, 8)]
+    assert decays == [0.99, 0.99, 0.99**3, None, None, 0.99**3, None]
