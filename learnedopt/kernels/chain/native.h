@@ -303,12 +303,15 @@ class Step {
     const float* by = turned.const_data_ptr<float>();
     const int rows = item.rows, columns = item.columns;
     if (left) {
-      float* old = scratch(0, int64_t(k) * columns);
-      for (int block = 0; block < side.count; ++block) {
-        float* here = item.square + int64_t(block) * k * columns;
-        std::copy_n(here, int64_t(k) * columns, old);
-        product(false, false, k, columns, k, 1, by + int64_t(block) * area, k, old, columns, 0, here, columns);
-      }
+      const int strip = std::max<int64_t>(1, std::min<int64_t>(columns, 4 * LARGE / k));
+      float* old = scratch(0, int64_t(k) * strip);
+      for (int block = 0; block < side.count; ++block)
+        for (int first = 0; first < columns; first += strip) {
+          const int width = std::min(strip, columns - first);
+          float* here = item.square + int64_t(block) * k * columns + first;
+          for (int row = 0; row < k; ++row) std::copy_n(here + int64_t(row) * columns, width, old + int64_t(row) * width);
+          product(false, false, k, width, k, 1, by + int64_t(block) * area, k, old, width, 0, here, columns);
+        }
     } else {
       const int strip = std::max<int64_t>(1, std::min<int64_t>(rows, LARGE / columns));
       float* old = scratch(0, int64_t(strip) * columns);
