@@ -86,9 +86,8 @@ def transformer(layers: int, width: int, batch: int, length: int) -> Model:
 
 def low_rank(pairs: int, width: int, rank: int) -> Model:
     """Pairs of matrices as LoRA trains them, each on its own regression."""
-    params = [
-        nn.Parameter(x) for _ in range(pairs) for x in (torch.randn(rank, width) / width**0.5, torch.zeros(width, rank))
-    ]
+    starts = [x for _ in range(pairs) for x in (torch.randn(rank, width) / width**0.5, torch.zeros(width, rank))]
+    params = [nn.Parameter(start) for start in starts]
     x, y = torch.randn(4, width), torch.randn(4, width)
 
     def loss() -> Tensor:
@@ -100,7 +99,7 @@ def low_rank(pairs: int, width: int, rank: int) -> Model:
 def embedding(vocabulary: int, width: int) -> Model:
     tokens, head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
     x = torch.randint(vocabulary, (256,))
-    return [tokens.weight, head.weight], lambda: F.cross_entropy(head(tokens(x)), x.roll(1))
+    return [*tokens.parameters(), *head.parameters()], lambda: F.cross_entropy(head(tokens(x)), x.roll(1))
 
 
 MODELS: dict[str, Callable[[], Model]] = {
@@ -127,8 +126,8 @@ def has_bfloat16() -> bool:
 
 
 def muon(params: list[nn.Parameter]) -> list[Optimizer]:
-    matrices = [param for param in params if param.dim() == 2]
-    others = [param for param in params if param.dim() != 2]
+    matrices: list[Tensor] = [param for param in params if param.dim() == 2]
+    others: list[Tensor] = [param for param in params if param.dim() != 2]
     return [torch.optim.Muon(matrices), *([Adam(others, fused=True)] if others else [])]
 
 

@@ -97,8 +97,8 @@ def test_a_search_stops_within_a_generation_and_goes_on_exactly(
             found += [{**record, "seconds": 0} for record in part.run(time_limit=0.0)]
     assert sittings > 15
     assert found == expected
-    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
-    logs = [[{**json.loads(line), "seconds": 0} for line in log] for log in logs]
+    texts = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    logs = [[{**json.loads(line), "seconds": 0} for line in text] for text in texts]
     assert logs[0] == logs[1] and len(logs[0]) == 6, "two tasks and a record for either generation"
     assert all({"task", "gain", "start", "end"} <= line.keys() for line in logs[0] if "part" in line)
 

@@ -106,7 +106,7 @@ def step(rule: ChainRule, tensors: Tensors, options: StepOptions) -> list[int]:
     params = [param.to(torch.float32).contiguous() for param in tensors.params]
     grads = [grad.to(torch.float32).contiguous() for grad in tensors.grads]
     if tensors.maximize:
-        grads = torch._foreach_neg(grads)
+        grads = [-grad for grad in grads]
     left: list[int] = extension.operators().chain_step.default(
         params,
         grads,
