@@ -64,7 +64,7 @@ class NormalizedGradientRule(UpdateRule):
 
     >>> rule, segments = NormalizedGradientRule(), Segments([2])
     >>> rule.update(torch.ones(2), torch.tensor([5.0, -2.0]), rule.init_state(segments), segments)[0]
-    tensor([-1.0000,  1.0000])
+    tensor([-1.,  1.])
     """
 
     config_class = NormalizedGradientConfig
