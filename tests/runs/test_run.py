@@ -182,7 +182,9 @@ def test_export_writes_the_best_rule(uninterrupted: Run[Any, Any], mixed: Recipe
 def test_nothing_is_exported_before_a_validation(tmp_path: Path) -> None:
     run = Run(recipe(), tmp_path / "run")
     stop_by_time(run)
-    with pytest.raises(ValueError, match=r"no rule to export yet: the first validation is after update 2, and this run stands at 1"):
+    with pytest.raises(
+        ValueError, match=r"no rule to export yet: the first validation is after update 2, and this run stands at 1"
+    ):
         run.export(tmp_path / "zoo")
     assert not (tmp_path / "zoo").exists()
 
