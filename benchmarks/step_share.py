@@ -224,7 +224,7 @@ def table(results: dict[str, Any]) -> str:
     models = results["models"]
     names = list(next(iter(models.values()))["rows"])
     lines = [
-        "# What a step costs on seven models",
+        f"# What a step costs on {len(models)} models",
         "",
         f"{results['machine']}, {results['threads']} thread(s), torch {results['torch']}, commit {results['commit']}. "
         f"`{results['command']}`: medians of {results['rounds']} rounds of {STEPS} steps each, processor time.",
