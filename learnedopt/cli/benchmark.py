@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from learnedopt.cli.shared import add_command
-from learnedopt.evaluation.benchmark import Benchmark
+from learnedopt.evaluation.benchmark import MULTIPLES, Benchmark, Plan
 from learnedopt.evaluation.contenders import BASELINE_NAMES, HAND_WRITTEN
-from learnedopt.evaluation.plan import MULTIPLES, Plan
 from learnedopt.evaluation.report import write_report
 from learnedopt.evaluation.tasks import TASK_SETS
 from learnedopt.evaluation.tasks.sets import task_names

@@ -1,9 +1,8 @@
 """Honest comparison: tuned baselines, paired runs, statistics."""
 
-from learnedopt.evaluation.benchmark import Benchmark
+from learnedopt.evaluation.benchmark import Benchmark, Plan
 from learnedopt.evaluation.contenders import Contender, Setting, find_contender
 from learnedopt.evaluation.measurement import DIVERGED
-from learnedopt.evaluation.plan import Plan
 from learnedopt.evaluation.report import write_report
 from learnedopt.evaluation.scores import Results
 from learnedopt.evaluation.statistics import Estimate, Summary, bootstrap, paired_ratio, share_below, summarize

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,24 +32,54 @@ import torch
 from learnedopt.evaluation import records
 from learnedopt.evaluation.contenders import Contender, Setting, find_contender
 from learnedopt.evaluation.measurement import Measurements, Problems, step_cost, train
-from learnedopt.evaluation.plan import (
-    YARDSTICK,
-    Plan,
-    best_setting,
-    find_run,
-    find_sweep,
-    runs_of,
-    steps_left,
-    sweeps_of,
-)
 from learnedopt.evaluation.records import Record, decode, encode
 from learnedopt.evaluation.tasks import BenchmarkTask, find_tasks
-from learnedopt.runs import load_python, source_commit
+from learnedopt.runs import source_commit
 
-Trained = Callable[[int], object]
-"""Is told how many steps more were done, over all copies of all settings."""
-_counter: Any = None
-"""Of such steps, in a process that works for another."""
+YARDSTICK = "adam"
+"""Whose envelope over learning rates the normalized speed-up is measured by."""
+MULTIPLES = (1, 2, 5, 10)
+"""Of the horizon, at which results can be judged."""
+Tuning = Literal["all", "none"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the benchmark measures. Results of plans that differ in seeds or horizon do not mix."""
+
+    horizon: int = 500
+    """Steps that count as 1×."""
+    multiples: tuple[int, ...] = (1,)
+    """Of the horizon, at which runs are judged; some of :data:`MULTIPLES`."""
+    selection_seeds: int = 2
+    reporting_seeds: int = 10
+    tuning: Tuning = "all"
+    """``"none"`` runs defaults only."""
+    yardstick_multiple: int = 4
+    """Adam is swept for so many horizons, or twice the longest if that is more."""
+    root: Path | None = None
+    """Folder of downloaded data."""
+
+    def __post_init__(self) -> None:
+        if self.horizon < 10 or self.horizon % self.every or min(self.selection_seeds, self.reporting_seeds) < 1:
+            raise ValueError(
+                "a benchmark needs a horizon of at least 10 steps, from 100 on a multiple of its fiftieth, and at "
+                f"least one seed of either kind; got {self.horizon}, {self.selection_seeds}, {self.reporting_seeds}"
+            )
+        if not self.multiples or not set(self.multiples) <= set(MULTIPLES):
+            raise ValueError(
+                f"multiples of the horizon must be some of {', '.join(map(str, MULTIPLES))}, got {self.multiples}"
+            )
+
+    @property
+    def every(self) -> int:
+        """Steps between two measurements."""
+        return max(1, self.horizon // 50)
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """In steps, ascending."""
+        return tuple(self.horizon * multiple for multiple in sorted(set(self.multiples)))
 
 
 def kept(at: Sequence[int], horizon: int) -> list[int]:
@@ -81,15 +111,9 @@ class Benchmark:
     contenders: Sequence[str]
     plan: Plan = field(default_factory=Plan)
     command: str = ""
-    imports: Sequence[str] = ()
-    """Modules and files that define contenders of one's own, for other processes to load."""
 
-    def run(
-        self, processes: int = 1, progress: Callable[[float], object] = lambda share: None
-    ) -> Generator[str, None, None]:
+    def run(self, processes: int = 1) -> Generator[str, None, None]:
         """Run what is missing; yields a line about everything that finished.
-
-        ``progress`` is called often, with what share of the work was done since the last time, in all 1.
 
         Raises ``ValueError`` for an unknown task or contender, and for a file that holds runs of another horizon or
         number of seeds, before anything runs.
@@ -115,7 +139,7 @@ class Benchmark:
         session = _session(self.command)
         if not any(record["id"] == session["id"] for record in done.of_kind("session")):
             yield from self._keep(done, [session])
-        jobs, total = [], 0
+        jobs = []
         for task in tasks:
             try:
                 task.family(self.plan.root)
@@ -123,30 +147,17 @@ class Benchmark:
                 skip = {"kind": "skip", "contender": None, "task": task.name, "reason": str(error)}
                 yield from self._keep(done, [skip])
                 continue
-            for contender in contenders:
-                jobs.append((task.name, contender.name))
-                total += steps_left(contender, self.plan, done.of(task.name, contender))
-
-        def trained(steps: int) -> None:
-            progress(steps / max(total, 1))
-
+            jobs += [(task.name, contender.name) for contender in contenders]
         if processes == 1:
             for task_name, name in jobs:
-                yield from self._keep(done, perform(task_name, name, self.plan, session["id"], done, trained))
+                yield from self._keep(done, perform(task_name, name, self.plan, session["id"], done))
             return
         # Records are kept here, in the parent, so that no two processes write.
-        spawn = get_context("spawn")
-        counter, counted = spawn.Value("q", 0), 0
-        with ProcessPoolExecutor(processes, spawn, _begin_process, (counter, tuple(self.imports))) as pool:
+        with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             work = partial(_performed, plan=self.plan, session=session["id"])
-            waiting = {pool.submit(work, *job, have=done.about(*job)) for job in jobs}
-            while waiting:
-                finished, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-                now = counter.value
-                trained(now - counted)
-                counted = now
-                for future in finished:
-                    yield from self._keep(done, future.result())
+            futures = [pool.submit(work, *job, have=done.about(*job)) for job in jobs]
+            for future in as_completed(futures):
+                yield from self._keep(done, future.result())
 
     def _keep(self, done: _Done, found: Iterator[Record] | list[Record]) -> Iterator[str]:
         for record in found:
@@ -166,71 +177,91 @@ class _Done:
     def of_kind(self, kind: str) -> list[Record]:
         return records.of_kind(self.records, kind)
 
-    def of(self, task: str, contender: Contender) -> list[Record]:
-        found = self.about(task, contender.name)
-        return [record for record in found if record["identity"] == contender.identity]
-
     def about(self, task: str, contender: str) -> list[Record]:
         return [record for record in self.records if (record.get("task"), record.get("contender")) == (task, contender)]
 
 
-def perform(
-    task_name: str, contender_name: str, plan: Plan, session: str, done: _Done, trained: Trained = lambda steps: None
-) -> Iterator[Record]:
-    """Run what is missing of one contender on one task; ``trained`` is told of steps, in all those of `steps_left`."""
+def perform(task_name: str, contender_name: str, plan: Plan, session: str, done: _Done) -> Iterator[Record]:
+    """Run what is missing of one contender on one task."""
     (task,), contender = find_tasks([task_name]), find_contender(contender_name)
-    have = done.of(task_name, contender)
-    left = steps_left(contender, plan, have)
-
-    def told(steps: int) -> None:
-        nonlocal left
-        left -= steps
-        trained(steps)
-
-    runner = _Runner(task, contender, plan, session, told)
+    have = [record for record in done.about(task_name, contender.name) if record["identity"] == contender.identity]
+    runner = _Runner(task, contender, plan, session)
     if not records.of_kind(have, "cost"):
         yield runner.cost()
     settings: dict[int, list[Setting]] = {horizon: [contender.default] for horizon in plan.horizons}
-    for steps, horizons in sweeps_of(contender, plan):
-        sweep = find_sweep(have, plan.selection_seeds, plan.horizon, steps, contender.anytime)
-        if sweep is None:
-            sweep = runner.sweep(steps, horizons)
-            yield sweep
-        for horizon in horizons:
-            settings[horizon].append(best_setting(sweep, horizon))
-    for steps, wanted in runs_of(settings, contender.anytime):
+    if plan.tuning == "all":
+        lengths = (max(plan.horizons),) if contender.anytime else plan.horizons
+        for length in lengths:
+            steps = length
+            if contender.name == YARDSTICK:
+                steps = max(2 * length, plan.yardstick_multiple * plan.horizon)
+            sweep = find_sweep(have, plan.selection_seeds, plan.horizon, steps, contender.anytime)
+            if sweep is None:
+                sweep = runner.sweep(steps, plan.horizons if contender.anytime else (length,))
+                yield sweep
+            for horizon in plan.horizons if contender.anytime else (length,):
+                settings[horizon].append(best_setting(sweep, horizon))
+    for steps, wanted in _runs(settings, contender.anytime):
         missing = [
             setting
             for setting in wanted
             if find_run(have, setting, plan.reporting_seeds, plan.horizon, steps, contender.anytime) is None
         ]
         yield from runner.runs(missing, steps)
-    trained(left)
 
 
 def _performed(task: str, contender: str, *, plan: Plan, session: str, have: list[Record]) -> list[Record]:
     """:func:`perform`, in another process."""
-    return list(perform(task, contender, plan, session, _Done(have), _add_to_counter))
+    return list(perform(task, contender, plan, session, _Done(have)))
 
 
-def _begin_process(counter: Any, imports: Sequence[str]) -> None:
-    global _counter
-    _counter = counter
-    torch.set_num_threads(1)
-    for name in imports:
-        load_python(name)
+def _runs(settings: dict[int, list[Setting]], anytime: bool) -> Iterator[tuple[int, list[Setting]]]:
+    """Which settings to run for how long, no setting twice: an anytime contender's for as long as any needs it."""
+    if anytime:
+        longest = max(settings)
+        yield longest, list(dict.fromkeys(setting for some in settings.values() for setting in some))
+        return
+    for horizon, some in settings.items():
+        yield horizon, list(dict.fromkeys(some))
 
 
-def _add_to_counter(steps: int) -> None:
-    with _counter.get_lock():
-        _counter.value += steps
+def _seeds(record: Record, role: str, copies: int, horizon: int) -> bool:
+    return bool(record["seeds"] == {"role": role, "copies": copies} and record["horizon"] == horizon)
+
+
+def find_sweep(have: Sequence[Record], copies: int, horizon: int, steps: int, anytime: bool) -> Record | None:
+    """The last sweep that serves for ``steps``, if there is one."""
+    for record in reversed(records.of_kind(have, "sweep")):
+        long_enough = record["steps"] >= steps if anytime else record["steps"] == steps
+        if _seeds(record, "selection", copies, horizon) and long_enough:
+            return record
+    return None
+
+
+def find_run(
+    have: Sequence[Record], setting: Setting, copies: int, horizon: int, steps: int, anytime: bool
+) -> Record | None:
+    """The last run of a setting that serves for ``steps``, if there is one."""
+    wanted = {"lr": setting.lr, "weight_decay": setting.weight_decay}
+    for record in reversed(records.of_kind(have, "run")):
+        long_enough = record["steps"] >= steps if anytime else record["steps"] == steps
+        if record["setting"] == wanted and _seeds(record, "reporting", copies, horizon) and long_enough:
+            return record
+    return None
+
+
+def best_setting(sweep: Record, horizon: int) -> Setting:
+    """The setting of the lowest mean smoothed loss at a horizon; of equal ones the first."""
+    place = sweep["at"].index(horizon)
+    scores = decode(sweep["final"])[:, place].mean(-1)
+    return Setting(**sweep["settings"][int(np.argmin(scores))])
 
 
 class _Runner:
     """One contender on one task."""
 
-    def __init__(self, task: BenchmarkTask, contender: Contender, plan: Plan, session: str, trained: Trained) -> None:
-        self._contender, self._plan, self._trained = contender, plan, trained
+    def __init__(self, task: BenchmarkTask, contender: Contender, plan: Plan, session: str) -> None:
+        self._contender, self._plan = contender, plan
         self._family, self._shared = task.family(plan.root), task.shared
         self._common = {
             "task": task.name,
@@ -318,7 +349,6 @@ class _Runner:
             steps,
             every=every,
             held_out_at=(*range(0, steps + 1, 5 * every), *range(0, steps + 1, horizon)) if held_out else (),
-            stepped=lambda: self._trained(len(settings) * copies),
         )
 
 

@@ -77,7 +77,6 @@ def train(
     *,
     every: int = 10,
     held_out_at: Iterable[int] = (),
-    stepped: Callable[[], object] = lambda: None,
 ) -> Measurements:
     """Train every copy of a task under every setting for ``steps`` steps.
 
@@ -92,7 +91,6 @@ def train(
         every: Steps between measurements of the training loss; the last step is measured in any case.
         held_out_at: The steps, among these, at which the loss on the validation split is measured too; if any are
             given, also the last.
-        stepped: Called after every step.
     """
     family, copies = problems.family, problems.copies
     generator = Generator().manual_seed(problems.seed)
@@ -126,7 +124,6 @@ def train(
         first = loss.abs() if first is None else first
         diverged[(diverged < 0) & ~(loss <= DIVERGED * first)] = step
         fleet.step(grad, loss, step, steps)
-        stepped()
     return Measurements(
         at=training.at,
         losses=smooth(np.stack(training.losses), DECAY**every),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from learnedopt.evaluation.plan import YARDSTICK
+from learnedopt.evaluation.benchmark import YARDSTICK
 from learnedopt.evaluation.records import decode
 from learnedopt.evaluation.scores import OPPONENTS, TAUS, Entry, Results
 

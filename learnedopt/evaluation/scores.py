@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
+from learnedopt.evaluation.benchmark import MULTIPLES, YARDSTICK, best_setting, find_run, find_sweep
 from learnedopt.evaluation.contenders import Setting
-from learnedopt.evaluation.plan import MULTIPLES, YARDSTICK, best_setting, find_run, find_sweep
 from learnedopt.evaluation.records import Record, decode, of_kind
 from learnedopt.evaluation.statistics import RESAMPLES, Estimate, Values
 from learnedopt.evaluation.tasks import TASK_SETS, task_names
@@ -111,7 +111,7 @@ class Runs:
 
     @cached_property
     def horizons(self) -> list[int]:
-        """Those of :data:`~learnedopt.evaluation.plan.MULTIPLES` at which anything was run, in steps."""
+        """Those of :data:`~learnedopt.evaluation.benchmark.MULTIPLES` at which anything was run, in steps."""
         steps = [record["steps"] for record in of_kind(self.records, "run")]
         return [self.horizon * multiple for multiple in MULTIPLES if max(steps) >= self.horizon * multiple]
 

@@ -12,9 +12,8 @@ import pytest
 
 from learnedopt.cli import main
 from learnedopt.evaluation import benchmark, records
-from learnedopt.evaluation.benchmark import Benchmark
+from learnedopt.evaluation.benchmark import Benchmark, Plan, best_setting
 from learnedopt.evaluation.contenders import HAND_WRITTEN
-from learnedopt.evaluation.plan import Plan, best_setting
 from learnedopt.evaluation.plots import COLORS, color_of
 from learnedopt.evaluation.records import Record
 from learnedopt.evaluation.report import write_report
